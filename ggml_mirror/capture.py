@@ -1,0 +1,270 @@
+"""Capture: a target's tapped block outputs go straight from the evaluated graph into mirrors.
+
+llama.cpp calls back for each graph node if its context was made with ``cb_eval``. The first :func:`capture` over a
+``llama_cpp.Llama`` therefore remakes its native context, with the same parameters and its state carried over; the callback then
+stays, inert, until the next capture. Positions come from the batch that is evaluated, not from a count of rows.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import llama_cpp
+import numpy as np
+import numpy.typing as npt
+
+from ._native import check, ffi, lib
+from .errors import ArgumentError, CaptureError
+from .mirror import FeatureMirror
+
+if TYPE_CHECKING:
+    from llama_cpp import Llama
+
+#: llama_cpp.Llama evaluates one sequence, this one.
+SEQUENCE = 0
+
+_ATTRIBUTE = "_ggml_mirror_capture"
+
+
+@contextmanager
+def capture(llm: Llama, mirror: FeatureMirror | Sequence[FeatureMirror], taps: Sequence[int] | None = None) -> Iterator[None]:
+    """Send the outputs of blocks ``taps`` to ``mirror`` (or to each of several) whenever ``llm`` evaluates tokens.
+
+    Each evaluation first forgets rows at and after its first position, so that the mirror follows the sequence through resets
+    and reused prefixes. A prefill longer than ``cap`` keeps its tail. Text is the same as without capture.
+
+    Args:
+        llm: a ``llama_cpp.Llama``. The first capture remakes its native context (``llm.ctx`` changes; its state is kept, its last
+            logits are not: evaluate a token before sampling).
+        mirror: mirrors of ``len(taps)`` taps and the model's ``n_embd``. They may lie on any device.
+        taps: 0-based blocks whose outputs are taken; None takes the DFlash default for the model's depth.
+
+    Raises:
+        CaptureError: a tap does not exist, has another width, or gives no row per token; the model is as it was.
+        ArgumentError, ClosedError: the mirrors do not fit the taps, or are closed.
+
+    Inside, an evaluation that did not give every row raises CaptureError; its rows are forgotten.
+
+    Example::
+
+        with FeatureMirror(taps=5, n_embd=576, cap=4112, dtype="q8_0") as m, capture(llm, m, [1, 8, 14, 20, 27]):
+            llm.eval(tokens)
+            m.read(start=0, count=len(tokens))
+    """
+    mirrors = [mirror] if isinstance(mirror, FeatureMirror) else list(mirror)
+    layers = _checked_taps(llm, taps)
+    _check_mirrors(mirrors, layers)
+    hook = _Hook.of(llm)
+    hook.require(layers, mirrors[0].n_embd)
+    fingerprint = None
+    for m in mirrors:
+        if m.target is None:
+            fingerprint = fingerprint or _fingerprint(llm)
+            m.target = fingerprint
+    with hook.attached(layers, mirrors):
+        yield
+
+
+class _Hook:
+    """The eval callback of one native context, and what the model's graph was found to have."""
+
+    def __init__(self) -> None:
+        out = ffi.new("gm_capture **")
+        check(lib.gm_capture_new(out))
+        self.handle = ffi.gc(out[0], lib.gm_capture_free)
+        self.context: Any = None
+        self.found: dict[int, tuple[int, int]] = {}
+        self.evaluated = 0
+        self.busy = False
+
+    @classmethod
+    def of(cls, llm: Llama) -> _Hook:
+        """The hook of the Llama's context; made, with a new native context, at the first call."""
+        hook: _Hook | None = getattr(llm._ctx, _ATTRIBUTE, None)
+        if hook is None:
+            hook = cls()
+            _remake_context(llm, hook)
+            hook.context = llm._ctx
+            setattr(llm._ctx, _ATTRIBUTE, hook)
+        return hook
+
+    def discover(self, ctx: Any, n_layer: int, batch_size: int, vocab_token: int) -> None:
+        """Evaluate a scratch token or two and see which block outputs the graph has. ``ctx`` is new and stays empty."""
+        self.evaluated = min(2, batch_size)
+        check(lib.gm_capture_discover(self.handle))
+        batch = llama_cpp.llama_batch_init(self.evaluated, 0, 1)
+        try:
+            batch.n_tokens = self.evaluated
+            for i in range(self.evaluated):
+                batch.token[i], batch.pos[i], batch.n_seq_id[i] = vocab_token, i, 1
+                batch.seq_id[i][0] = SEQUENCE
+                # Only the last token's logits: a block whose rows follow the logits shows itself by its count.
+                batch.logits[i] = i == self.evaluated - 1
+            status = llama_cpp.llama_decode(ctx, batch)
+        finally:
+            llama_cpp.llama_batch_free(batch)
+            check(lib.gm_capture_detach(self.handle))
+        if status != 0:
+            raise CaptureError(f"the model does not evaluate tokens (llama_decode returned {status}); capture needs a decoder")
+        memory = llama_cpp.llama_get_memory(ctx)
+        if memory is not None:
+            llama_cpp.llama_memory_clear(memory, True)
+        width, rows = ffi.new("int64_t *"), ffi.new("int64_t *")
+        for layer in range(n_layer):
+            check(lib.gm_capture_found(self.handle, layer, width, rows))
+            if width[0]:
+                self.found[layer] = (width[0], rows[0])
+
+    def require(self, layers: Sequence[int], n_embd: int) -> None:
+        """Every tap exists, has the mirror's width, and gives a row per token."""
+        for layer in layers:
+            width, rows = self.found.get(layer, (0, 0))
+            if not width:
+                known = f"blocks with a named output: {_spans(self.found)}" if self.found else "its graph names no block outputs (l_out)"
+                raise CaptureError(f"the model has no output of block {layer} to tap; {known}")
+            if width != n_embd:
+                raise CaptureError(f"the output of block {layer} is {width} wide, the mirror's n_embd is {n_embd}")
+            if rows != self.evaluated:
+                raise CaptureError(
+                    f"the output of block {layer} has rows only for tokens whose logits are asked for; tap an earlier block"
+                )
+
+    @contextmanager
+    def attached(self, layers: Sequence[int], mirrors: Sequence[FeatureMirror]) -> Iterator[None]:
+        if self.busy:
+            raise CaptureError("this model is already being captured; leave that capture first, or give it several mirrors")
+        handles = [m._open() for m in mirrors]  # also keeps the rings alive while they are attached
+        check(lib.gm_capture_attach(self.handle, len(layers), ffi.new("int32_t[]", layers), len(handles), ffi.new("gm_mirror *[]", handles)))
+        self.busy = True
+        self.context.decode = self._decode
+        try:
+            yield
+        finally:
+            del self.context.decode
+            self.busy = False
+            check(lib.gm_capture_detach(self.handle))
+
+    def _decode(self, batch: Any) -> None:
+        """In place of LlamaContext.decode: announce the batch's positions, evaluate, verify that each row came."""
+        span = _positions(batch)
+        decode = type(self.context).decode
+        if span is None:
+            decode(self.context, batch)
+            return
+        check(lib.gm_capture_begin(self.handle, *span))
+        try:
+            decode(self.context, batch)
+        except BaseException:
+            # The rows that came belong to a failed evaluation: end() forgets them, and its complaint is not the cause.
+            lib.gm_capture_end(self.handle)
+            raise
+        check(lib.gm_capture_end(self.handle))
+
+
+def _positions(batch: Any) -> tuple[int, int] | None:
+    """(first position, count) of the captured sequence in a LlamaBatch; None if the batch is of other sequences only."""
+    raw = batch.batch
+    n = raw.n_tokens
+    if n == 0:
+        return None
+    sequences = {raw.seq_id[i][j] for i in range(n) for j in range(raw.n_seq_id[i])}
+    if SEQUENCE not in sequences:
+        return None
+    if sequences != {SEQUENCE}:
+        raise CaptureError(f"the batch mixes sequences {sorted(sequences)}; capture follows sequence {SEQUENCE} alone")
+    positions: npt.NDArray[np.int32] = np.ctypeslib.as_array(raw.pos, shape=(n,))
+    if n > 1 and not (np.diff(positions) == 1).all():
+        raise CaptureError("the batch's positions are not consecutive; capture needs them so")
+    return int(positions[0]), n
+
+
+def _checked_taps(llm: Llama, taps: Sequence[int] | None) -> list[int]:
+    n_layer = llama_cpp.llama_model_n_layer(llm.model)
+    if taps is None:
+        from .model_info import default_taps
+
+        return list(default_taps(n_layer))
+    layers = [int(t) for t in taps]
+    bad = [t for t in layers if not 0 <= t < n_layer]
+    if bad:
+        raise CaptureError(f"the model has no block {bad[0]}; its blocks are 0 to {n_layer - 1}")
+    if len(set(layers)) != len(layers) or not layers:
+        raise ArgumentError(f"taps {layers} must be distinct, one at least")
+    return layers
+
+
+def _check_mirrors(mirrors: Sequence[FeatureMirror], layers: Sequence[int]) -> None:
+    if not mirrors:
+        raise ArgumentError("capture needs a mirror")
+    for m in mirrors:
+        m._open()
+        if m.taps != len(layers):
+            raise ArgumentError(f"the mirror has {m.taps} taps, capture was given {len(layers)}")
+        if m.n_embd != mirrors[0].n_embd:
+            raise ArgumentError(f"the mirrors differ in n_embd: {m.n_embd} and {mirrors[0].n_embd}")
+
+
+def _remake_context(llm: Llama, hook: _Hook) -> None:
+    """Give the Llama a native context with the hook as its cb_eval, its state carried over. On failure it is as it was."""
+    context = llm._ctx
+    params = type(llm.context_params).from_buffer_copy(llm.context_params)
+    if params.embeddings:
+        raise CaptureError("capture works on a model that generates text, not with embedding=True")
+    address = int(ffi.cast("uintptr_t", lib.gm_capture_callback()))
+    params.cb_eval = ctypes.cast(address, llama_cpp.ggml_backend_sched_eval_callback)
+    params.cb_eval_user_data = int(ffi.cast("uintptr_t", hook.handle))
+
+    state = _take_state(context.ctx) if llm.n_tokens > 0 else None
+    # Two contexts at once would hold the KV cache twice, which may not fit: the old one goes first.
+    llama_cpp.llama_free(context.ctx)
+    context.ctx = None
+    try:
+        context.ctx = _new_context(llm, params)
+        hook.discover(context.ctx, llama_cpp.llama_model_n_layer(llm.model), params.n_ubatch, _scratch_token(llm))
+    except BaseException:
+        if context.ctx is not None:
+            llama_cpp.llama_free(context.ctx)
+        context.ctx = _new_context(llm, llm.context_params)
+        raise
+    finally:
+        if context.ctx is not None:
+            context.memory = llama_cpp.llama_get_memory(context.ctx)
+            if llm._lora_adapter is not None:
+                adapters = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(llm._lora_adapter)
+                llama_cpp.llama_set_adapters_lora(context.ctx, adapters, 1, (ctypes.c_float * 1)(llm.lora_scale))
+            if state is not None:
+                llama_cpp.llama_state_set_data(context.ctx, state, len(state))
+        llm._requires_eval = True
+
+
+def _new_context(llm: Llama, params: Any) -> Any:
+    ctx = llama_cpp.llama_init_from_model(llm.model, params)
+    if ctx is None:
+        raise CaptureError("llama.cpp could not remake the model's context with a capture callback")
+    return ctx
+
+
+def _take_state(ctx: Any) -> Any:
+    size = llama_cpp.llama_state_get_size(ctx)
+    state = (ctypes.c_uint8 * size)()
+    if llama_cpp.llama_state_get_data(ctx, state, size) > size:
+        raise CaptureError(f"llama.cpp wrote more than the {size} bytes of state that it announced")
+    return state
+
+
+def _scratch_token(llm: Llama) -> int:
+    bos = llm.token_bos()
+    return bos if bos >= 0 else 0
+
+
+def _fingerprint(llm: Llama) -> str | None:
+    from .fingerprint import fingerprint
+
+    return fingerprint(llm.model_path)
+
+
+def _spans(layers: dict[int, tuple[int, int]]) -> str:
+    return f"{min(layers)} to {max(layers)}"

@@ -1,0 +1,73 @@
+"""The ggml devices of this process, as llama_cpp has loaded them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ._native import check, ffi, lib, text
+from .dtype import FeatureDtype
+from .errors import DeviceError
+
+#: enum ggml_backend_dev_type, in order.
+DEVICE_TYPES = ("CPU", "GPU", "IGPU", "ACCEL", "META")
+
+
+@dataclass(frozen=True)
+class Support:
+    """What a device can do with a dtype: ``capture`` rows into a ring of it, ``read`` them back to F32."""
+
+    capture: bool
+    read: bool
+
+
+@dataclass(frozen=True)
+class Device:
+    """A ggml device. Memory is in bytes; for host devices ``memory_free`` is what this process may still take."""
+
+    index: int
+    name: str
+    description: str
+    backend: str
+    type: str
+    is_host: bool
+    memory_free: int
+    memory_total: int
+
+    def supports(self, dtype: str | FeatureDtype) -> Support:
+        capture, read = ffi.new("bool *"), ffi.new("bool *")
+        check(lib.gm_device_supports(self.index, FeatureDtype.parse(dtype).ggml_type, capture, read))
+        return Support(bool(capture[0]), bool(read[0]))
+
+
+def devices() -> list[Device]:
+    """All devices, with their memory as it is now."""
+    return [_device(i) for i in range(lib.gm_device_count())]
+
+
+def find_device(name: str) -> Device:
+    """The device of that ggml name (any case), or "auto": the first GPU, else the CPU.
+
+    Raises:
+        DeviceError: no such device; the message lists the names.
+    """
+    if not isinstance(name, str):
+        raise DeviceError(f"a device is named by a string such as 'cpu', 'auto' or 'CUDA0', not by {name!r}")
+    index = ffi.new("int32_t *")
+    check(lib.gm_device_find(name.strip().encode(), index))
+    return _device(index[0])
+
+
+def _device(index: int) -> Device:
+    info = ffi.new("gm_device_info *")
+    check(lib.gm_device_get(index, info))
+    kind = DEVICE_TYPES[info.type] if 0 <= info.type < len(DEVICE_TYPES) else str(info.type)
+    return Device(
+        index=index,
+        name=text(info.name),
+        description=text(info.description),
+        backend=text(info.backend),
+        type=kind,
+        is_host=bool(info.is_host),
+        memory_free=info.memory_free,
+        memory_total=info.memory_total,
+    )

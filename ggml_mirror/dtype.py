@@ -1,0 +1,107 @@
+"""The feature dtype: the ggml type in which rows are stored, and its policy variable."""
+
+from __future__ import annotations
+
+import os
+from enum import Enum
+
+from ._native import check, ffi, lib
+from .errors import DtypeError
+
+#: Environment variable that sets the default feature dtype wherever one may be given.
+DTYPE_VARIABLE = "DFLASH_FEATURE_DTYPE"
+
+
+class FeatureDtype(str, Enum):
+    """ggml types that a mirror can hold, most precise first. Compares equal to its name: ``FeatureDtype.Q8_0 == "q8_0"``."""
+
+    F32 = "f32"
+    F16 = "f16"
+    BF16 = "bf16"
+    Q8_0 = "q8_0"
+    Q5_1 = "q5_1"
+    Q5_0 = "q5_0"
+    Q4_1 = "q4_1"
+    Q4_0 = "q4_0"
+    IQ4_NL = "iq4_nl"
+
+    def __str__(self) -> str:
+        return self.value
+
+    @classmethod
+    def parse(cls, name: str | FeatureDtype) -> FeatureDtype:
+        """The dtype of that name, in any case.
+
+        Raises:
+            DtypeError: unknown; the message lists the good names.
+        """
+        return _parse(name, "")
+
+    @classmethod
+    def default(cls) -> FeatureDtype:
+        """The dtype that ``DFLASH_FEATURE_DTYPE`` names, else f32.
+
+        Raises:
+            DtypeError: the variable holds an unknown name.
+        """
+        name = os.environ.get(DTYPE_VARIABLE, "")
+        return _parse(name, f"{DTYPE_VARIABLE}: ") if name.strip() else cls.F32
+
+    @classmethod
+    def resolve(cls, dtype: str | FeatureDtype | None) -> FeatureDtype:
+        """An explicit dtype wins; None means :meth:`default`."""
+        return cls.default() if dtype is None else cls.parse(dtype)
+
+    @property
+    def ggml_type(self) -> int:
+        """ggml's own number for this type."""
+        number: int = lib.gm_type_from_name(self.value.encode())
+        if number < 0:
+            raise DtypeError(f"the loaded ggml has no type {self.value!r}")
+        return number
+
+    @property
+    def block_size(self) -> int:
+        """Values per block; a tap's width must be a multiple of it."""
+        out = ffi.new("int64_t *")
+        check(lib.gm_type_block_size(self.ggml_type, out))
+        return int(out[0])
+
+    @property
+    def limit(self) -> float:
+        """Largest ``|x|`` that comes back finite: 65504 for f16; larger values are clamped to it and counted."""
+        out = ffi.new("float *")
+        check(lib.gm_type_limit(self.ggml_type, out))
+        return float(out[0])
+
+
+def row_bytes(dtype: str | FeatureDtype, width: int) -> int:
+    """Bytes that ggml takes to store ``width`` values in ``dtype``.
+
+    >>> row_bytes("q8_0", 25600)
+    27200
+
+    Raises:
+        DtypeError: unknown dtype.
+        ShapeError: ``width`` is not a positive multiple of the dtype's block size.
+    """
+    out = ffi.new("uint64_t *")
+    check(lib.gm_type_row_size(FeatureDtype.parse(dtype).ggml_type, _int64(width), out))
+    return int(out[0])
+
+
+def _int64(value: int) -> int:
+    # A Python integer beyond int64 is as wrong as a negative one; the native check names the bound.
+    return int(value) if -(2**63) <= int(value) < 2**63 else -1
+
+
+def _parse(name: str | FeatureDtype, prefix: str) -> FeatureDtype:
+    if isinstance(name, FeatureDtype):
+        return name
+    if isinstance(name, str):
+        try:
+            return FeatureDtype(name.strip().lower())
+        except ValueError:
+            pass
+    good = ", ".join(d.value for d in FeatureDtype)
+    raise DtypeError(f"{prefix}unknown feature dtype {name!r}; use one of {good}")

@@ -1,0 +1,207 @@
+// ggml_mirror.h - the C ABI of the ggml-mirror native library.
+//
+// This file is the contract between C++ and Python and the only place where it is written down: the
+// Python package reads it at import through cffi (ABI mode). Keep to plain C declarations; lines that
+// start with '#' (other than integer #defines) and the extern "C" braces are skipped by the reader.
+//
+// Conventions
+//   - A function that can fail returns a gm_status; 0 is success. Details of the last failure on the
+//     calling thread are in gm_last_error(). No function aborts on user input or throws.
+//   - Positions are token positions in one sequence (>= 0). A position lives in slot = position mod cap.
+//   - A row is the features of one position: `taps` slices of `n_embd` values, width = taps * n_embd.
+//   - Row data that crosses the ABI as float is F32, rows contiguous, `stride` bytes from row to row.
+//   - A gm_mirror may be used from several threads: each call holds its lock. Freeing it is the caller's job.
+#ifndef GGML_MIRROR_H
+#define GGML_MIRROR_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(_WIN32)
+#    define GM_API __declspec(dllexport)
+#else
+#    define GM_API __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+struct ggml_tensor;
+
+// ---------------------------------------------------------------------------------------------- errors
+
+typedef enum gm_status {
+    GM_OK              = 0,
+    GM_ERR_ARGUMENT    = 1,   // a number is out of range
+    GM_ERR_DTYPE       = 2,   // ggml has no such type, or it cannot be converted both ways
+    GM_ERR_WIDTH       = 3,   // a width is not a multiple of the type's block size
+    GM_ERR_DEVICE      = 4,   // no such device, or it does not start
+    GM_ERR_UNSUPPORTED = 5,   // the device lacks an operation
+    GM_ERR_MEMORY      = 6,   // bytes_needed > bytes_free, or the allocator refused
+    GM_ERR_STALE       = 7,   // `position` is missing, partial or overwritten
+    GM_ERR_VIEW        = 8,   // the range cannot be used in place
+    GM_ERR_CAPTURE     = 9,   // the evaluated graph did not give the rows that were expected
+    GM_ERR_BACKEND     = 10,  // a ggml backend failed while computing
+    GM_ERR_INTERNAL    = 11,  // a C++ exception was caught at the ABI
+} gm_status;
+
+typedef struct gm_error_info {
+    int32_t  status;
+    int32_t  tap;           // -1: does not apply
+    int64_t  position;      // -1: does not apply
+    uint64_t bytes_needed;  // 0: does not apply
+    uint64_t bytes_free;    // 0: does not apply
+    char     message[512];
+} gm_error_info;
+
+// The last failure on this thread; valid until the next call on this thread.
+GM_API const gm_error_info * gm_last_error(void);
+
+// -------------------------------------------------------------------------------------------- versions
+
+GM_API const char * gm_version(void);             // of this library
+GM_API const char * gm_ggml_version_built(void);  // of the ggml headers and libraries it was built against
+GM_API const char * gm_ggml_commit_built(void);
+GM_API const char * gm_ggml_version_loaded(void); // of the ggml that this process has loaded
+GM_API const char * gm_ggml_commit_loaded(void);
+
+// ---------------------------------------------------------------------------------------------- dtypes
+
+// ggml_type id of a ggml type name ("q8_0"), or -1.
+GM_API int32_t gm_type_from_name(const char * name);
+
+// Values per block, and bytes of a row of `width` values (ggml_blck_size, ggml_row_size).
+GM_API gm_status gm_type_block_size(int32_t type, int64_t * block_size);
+GM_API gm_status gm_type_row_size(int32_t type, int64_t width, uint64_t * bytes);
+
+// Largest |x| that the type gives back finite whatever its block neighbours are: found by converting, not from a table.
+GM_API gm_status gm_type_limit(int32_t type, float * limit);
+
+// --------------------------------------------------------------------------------------------- devices
+
+typedef struct gm_device_info {
+    char     name[64];         // as ggml names it: "CPU", "CUDA0"
+    char     description[192];
+    char     backend[64];      // backend registry name
+    int32_t  type;             // enum ggml_backend_dev_type
+    bool     is_host;          // its buffers are host memory
+    uint64_t memory_free;      // bytes; for the CPU: available to this process (cgroup limit included)
+    uint64_t memory_total;
+} gm_device_info;
+
+GM_API int32_t   gm_device_count(void);
+GM_API gm_status gm_device_get(int32_t index, gm_device_info * info);
+
+// Index of a device: a ggml device name (any case), or "auto" (the first GPU, else the CPU).
+GM_API gm_status gm_device_find(const char * name, int32_t * index);
+
+// Can the device capture rows into, and read rows back from, a ring of `type`?
+GM_API gm_status gm_device_supports(int32_t index, int32_t type, bool * capture, bool * read);
+
+// ---------------------------------------------------------------------------------------------- mirror
+
+typedef struct gm_mirror gm_mirror;
+
+typedef struct gm_mirror_params {
+    int32_t device;     // index, see gm_device_find
+    int32_t type;       // ggml_type of the stored rows
+    int32_t taps;       // 1..64
+    int64_t n_embd;     // width of one tap, a multiple of the type's block size
+    int64_t cap;        // slots
+    int32_t n_threads;  // for host devices; 0: all cores
+    bool    ggml_ops;   // use stock ggml graph ops even where this library has a kernel of its own
+} gm_mirror_params;
+
+typedef struct gm_mirror_size {
+    uint64_t row;          // bytes of one stored row
+    uint64_t ring;         // cap rows: the ggml buffer
+    uint64_t staging;      // most bytes of device scratch that a write or read may take
+    uint64_t bookkeeping;  // host bytes that remember which slot holds what
+} gm_mirror_size;
+
+// The bytes that gm_mirror_new would allocate for these parameters; the same function that it uses. No device is touched.
+GM_API gm_status gm_mirror_size_of(const gm_mirror_params * params, gm_mirror_size * size);
+
+GM_API gm_status gm_mirror_new(const gm_mirror_params * params, gm_mirror ** out);
+GM_API void      gm_mirror_free(gm_mirror * mirror);
+
+// Write `count` rows from host memory at positions start.. ; tap >= 0: that tap's slices (n_embd wide), tap == -1: whole rows.
+// More rows than cap: the last cap are kept. A value that the type cannot hold is replaced and counted, see gm_tap_stats.
+GM_API gm_status gm_mirror_write(gm_mirror * mirror, int32_t tap, int64_t start, int64_t count, const float * rows, uint64_t stride);
+
+// The same from an F32 tensor [n_embd or width, count] on any device; the tensor's data must be complete.
+GM_API gm_status gm_mirror_write_tensor(gm_mirror * mirror, int32_t tap, int64_t start, const struct ggml_tensor * rows);
+
+// Read rows start..start+count-1 to F32: contiguous host memory, or a contiguous F32 tensor on the mirror's device.
+GM_API gm_status gm_mirror_read(gm_mirror * mirror, int64_t start, int64_t count, float * rows);
+GM_API gm_status gm_mirror_read_tensor(gm_mirror * mirror, int64_t start, int64_t count, struct ggml_tensor * rows);
+
+// Address of rows start.. in the ring, to be read in place: F32, complete, not wrapped, host memory; else GM_ERR_VIEW.
+GM_API gm_status gm_mirror_view(gm_mirror * mirror, int64_t start, int64_t count, const float ** rows);
+
+// Forget positions >= from; forget all.
+GM_API gm_status gm_mirror_truncate(gm_mirror * mirror, int64_t from);
+GM_API gm_status gm_mirror_clear(gm_mirror * mirror);
+
+// Live slots in ascending position: position and bit mask of the written taps. Arrays may be NULL; `max` entries are filled, *count is the total.
+GM_API gm_status gm_mirror_live(gm_mirror * mirror, bool complete_only, int64_t max, int64_t * positions, uint64_t * tap_masks, int64_t * count);
+
+// Storage bytes of live rows, in the order given; bytes of taps that were not written come back as 0.
+GM_API gm_status gm_mirror_save(gm_mirror * mirror, int64_t count, const int64_t * positions, uint8_t * rows);
+
+// Forget everything and take these rows. Positions must be distinct modulo cap. Checked before anything changes.
+GM_API gm_status gm_mirror_load(gm_mirror * mirror, int64_t count, const int64_t * positions, const uint64_t * tap_masks, const uint8_t * rows);
+
+// What one tap has seen since the mirror was made or gm_mirror_reset_stats.
+typedef struct gm_tap_stats {
+    int64_t values;    // F32 values written
+    int64_t nan;       // stored as 0
+    int64_t inf;       // stored as the type's limit, sign kept
+    int64_t overflow;  // finite, beyond the type's limit; stored as the limit, sign kept
+    int64_t over_f16;  // finite, |x| > 65504, whatever the type
+    float   abs_max;   // largest finite |x|; NaN where the path does not measure it
+} gm_tap_stats;
+
+typedef struct gm_mirror_times {
+    int64_t write_calls, write_rows, write_ns;  // write_rows counts a whole row as 1, a tap's slice as 1/taps (rounded down in total)
+    int64_t read_calls, read_rows, read_ns;
+    int64_t host_copy_bytes;                    // F32 feature bytes that crossed between host and device memory
+} gm_mirror_times;
+
+GM_API gm_status gm_mirror_tap_stats(gm_mirror * mirror, int32_t tap, gm_tap_stats * stats);
+GM_API gm_status gm_mirror_get_times(gm_mirror * mirror, gm_mirror_times * times);
+GM_API gm_status gm_mirror_reset_stats(gm_mirror * mirror);
+
+// --------------------------------------------------------------------------------------------- capture
+
+// A gm_capture is the user data of a llama_context's cb_eval. It does nothing until mirrors are attached.
+typedef struct gm_capture gm_capture;
+
+GM_API gm_status gm_capture_new(gm_capture ** out);
+GM_API void      gm_capture_free(gm_capture * capture);
+
+// The address to put into llama_context_params.cb_eval, with the gm_capture as cb_eval_user_data.
+GM_API void * gm_capture_callback(void);
+
+// Learn which block outputs the model's graph has: discover, evaluate any tokens, then ask per layer.
+// rows: of the last evaluation; 0 if the layer's output was not seen.
+GM_API gm_status gm_capture_discover(gm_capture * capture);
+GM_API gm_status gm_capture_found(gm_capture * capture, int32_t layer, int64_t * width, int64_t * rows);
+
+// Send the outputs of blocks layers[0..n_taps) to every mirror (all of n_taps taps). The mirrors must outlive the attachment.
+GM_API gm_status gm_capture_attach(gm_capture * capture, int32_t n_taps, const int32_t * layers, int32_t n_mirrors, gm_mirror * const * mirrors);
+GM_API gm_status gm_capture_detach(gm_capture * capture);
+
+// Announce an evaluation of positions start..start+count-1 of the captured sequence: forgets rows >= start in every mirror.
+GM_API gm_status gm_capture_begin(gm_capture * capture, int64_t start, int64_t count);
+
+// Close it: GM_OK if each tap gave each row, else the first error (rows >= start are forgotten again).
+GM_API gm_status gm_capture_end(gm_capture * capture);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif // GGML_MIRROR_H

@@ -1,0 +1,132 @@
+#include "device.h"
+
+#include "ggml-cpp.h"
+#include "rows_device.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <cstring>
+#include <string>
+#include <strings.h>
+
+namespace gm {
+
+ggml_backend_dev_t device_at(int32_t index) {
+    const int64_t n = int64_t(ggml_backend_dev_count());
+    if (index < 0 || index >= n) throw error(GM_ERR_DEVICE, "no device %d; ggml has %lld", index, (long long) n);
+    return ggml_backend_dev_get(size_t(index));
+}
+
+bool device_is_host(ggml_backend_dev_t device) {
+    return ggml_backend_buft_is_host(ggml_backend_dev_buffer_type(device));
+}
+
+// One number of a small text file; -1 if there is none ("max").
+static int64_t read_number(const char * path, const char * key) {
+    FILE * file = fopen(path, "re");
+    if (!file) return -1;
+    char    line[256];
+    int64_t number = -1;
+    while (fgets(line, sizeof(line), file)) {
+        if (strncmp(line, key, strlen(key)) != 0) continue;
+        long long value;
+        if (sscanf(line + strlen(key), "%lld", &value) == 1) number = value;
+        break;
+    }
+    fclose(file);
+    return number;
+}
+
+static uint64_t host_memory_free(uint64_t reported) {
+    uint64_t      free      = reported;
+    const int64_t available = read_number("/proc/meminfo", "MemAvailable:");
+    if (available >= 0) free = std::min<uint64_t>(free, uint64_t(available) * 1024);
+    const int64_t limit = read_number("/sys/fs/cgroup/memory.max", "");
+    const int64_t used  = read_number("/sys/fs/cgroup/memory.current", "");
+    if (limit >= 0 && used >= 0) {
+        // Page cache counts as used but is given up on demand.
+        const int64_t cache = std::max<int64_t>(read_number("/sys/fs/cgroup/memory.stat", "inactive_file "), 0);
+        free = std::min<uint64_t>(free, uint64_t(std::max<int64_t>(limit - used + cache, 0)));
+    }
+    return free;
+}
+
+uint64_t device_memory_free(ggml_backend_dev_t device) {
+    size_t free = 0, total = 0;
+    ggml_backend_dev_memory(device, &free, &total);
+    return device_is_host(device) ? host_memory_free(free) : free;
+}
+
+Support device_ggml_ops(ggml_backend_dev_t device, const Dtype & dtype) {
+    // Shapes do not matter to supports_op beyond alignment; 256 is a multiple of every block size.
+    const int64_t width = 256, rows = 2;
+    ggml_context_ptr ctx(ggml_init({ 64 * ggml_tensor_overhead(), nullptr, true }));
+    ggml_tensor * ring    = ggml_new_tensor_2d(ctx.get(), dtype.type, width, rows);
+    ggml_tensor * x       = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, width, rows);
+    auto          has     = [&](ggml_tensor * op) { return ggml_backend_dev_supports_op(device, op); };
+    ggml_tensor * slots   = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I64, rows);
+    ggml_tensor * indices = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I32, rows);
+    Support support;
+    support.capture = has(ggml_set_rows(ctx.get(), ring, x, slots)) && DeviceRows::check_ops_supported(ctx.get(), x, has);
+    support.read    = has(ggml_get_rows(ctx.get(), ring, indices));
+    return support;
+}
+
+} // namespace gm
+
+int32_t gm_device_count(void) {
+    return int32_t(ggml_backend_dev_count());
+}
+
+gm_status gm_device_get(int32_t index, gm_device_info * info) {
+    return gm::guard([&] {
+        gm_device_info &         out    = gm::required(info, "info");
+        const ggml_backend_dev_t device = gm::device_at(index);
+        size_t                   free = 0, total = 0;
+        ggml_backend_dev_memory(device, &free, &total);
+        out = {};
+        snprintf(out.name, sizeof(out.name), "%s", ggml_backend_dev_name(device));
+        snprintf(out.description, sizeof(out.description), "%s", ggml_backend_dev_description(device));
+        snprintf(out.backend, sizeof(out.backend), "%s", ggml_backend_reg_name(ggml_backend_dev_backend_reg(device)));
+        out.type         = ggml_backend_dev_type(device);
+        out.is_host      = gm::device_is_host(device);
+        out.memory_free  = gm::device_memory_free(device);
+        out.memory_total = total;
+    });
+}
+
+gm_status gm_device_find(const char * name, int32_t * index) {
+    return gm::guard([&] {
+        gm::required(index, "index");
+        gm::required(name, "name");
+        const int32_t n = gm_device_count();
+        int32_t       cpu = -1, gpu = -1, found = -1;
+        std::string   names;
+        for (int32_t i = 0; i < n; ++i) {
+            const ggml_backend_dev_t device = ggml_backend_dev_get(size_t(i));
+            const auto               type   = ggml_backend_dev_type(device);
+            if (found < 0 && strcasecmp(name, ggml_backend_dev_name(device)) == 0) found = i;
+            if (cpu < 0 && type == GGML_BACKEND_DEVICE_TYPE_CPU) cpu = i;
+            if (gpu < 0 && type == GGML_BACKEND_DEVICE_TYPE_GPU) gpu = i;
+            names += std::string(i ? ", " : "") + ggml_backend_dev_name(device);
+        }
+        if (strcasecmp(name, "auto") == 0) found = gpu >= 0 ? gpu : cpu;
+        if (found < 0) {
+            throw gm::error(GM_ERR_DEVICE, "no device named '%.60s'; use auto or one of: %.350s", name, names.c_str());
+        }
+        *index = found;
+    });
+}
+
+gm_status gm_device_supports(int32_t index, int32_t type, bool * capture, bool * read) {
+    return gm::guard([&] {
+        gm::required(capture, "capture");
+        gm::required(read, "read");
+        const ggml_backend_dev_t device = gm::device_at(index);
+        const gm::Dtype &        dtype  = gm::dtype(type);
+        // Host rows are converted by this library with ggml's own conversions, which dtype() has found to exist.
+        const gm::Support support = gm::device_is_host(device) ? gm::Support{ true, true } : gm::device_ggml_ops(device, dtype);
+        *capture                  = support.capture;
+        *read                     = support.read;
+    });
+}

@@ -1,0 +1,56 @@
+// The feature mirror: a ring of rows in a ggml backend buffer, with one write path and one read path.
+#pragma once
+
+#include "rows_device.h"
+
+#include <memory>
+#include <mutex>
+#include <vector>
+
+struct gm_mirror {
+  public:
+    static gm_mirror_size size_of(const gm_mirror_params & params);
+
+    explicit gm_mirror(const gm_mirror_params & params);
+
+    void write(int32_t tap, int64_t start, int64_t count, const gm::RowSource & source);
+    void read(int64_t start, int64_t count, float * rows);
+    void read_tensor(int64_t start, int64_t count, const ggml_tensor & rows);
+    const float * view(int64_t start, int64_t count);
+
+    void truncate(int64_t from);
+    void clear();
+    int64_t live(bool complete_only, int64_t max, int64_t * positions, uint64_t * tap_masks);
+    void save(int64_t count, const int64_t * positions, uint8_t * rows);
+    void load(int64_t count, const int64_t * positions, const uint64_t * tap_masks, const uint8_t * rows);
+
+    gm_tap_stats    tap_stats(int32_t tap);
+    gm_mirror_times times();
+    void            reset_stats();
+
+    int32_t taps() const { return params_.taps; }
+    int64_t n_embd() const { return params_.n_embd; }
+
+  private:
+    int64_t  width() const { return params_.taps * params_.n_embd; }
+    uint64_t tap_bytes() const { return row_bytes_ / uint64_t(params_.taps); }
+    void     check_range(int64_t start, int64_t count) const;
+    void     write_host(int32_t tap, int64_t start, int64_t count, const gm::RowSource & source, std::vector<gm::Tally> & tallies);
+    void     read_rows(int64_t start, int64_t count, float * rows);
+    char *   host_row(int64_t slot) const { return static_cast<char *>(ring_->data) + uint64_t(slot) * row_bytes_; }
+
+    gm_mirror_params        params_;
+    const gm::Dtype &       dtype_;
+    uint64_t                row_bytes_;
+    ggml_backend_dev_t      device_;
+    ggml_context_ptr        ctx_;
+    ggml_backend_buffer_ptr buffer_;
+    ggml_tensor *           ring_ = nullptr;  // [width, cap]
+    gm::Ring                slots_;
+    gm::HostThreads         threads_;
+    std::unique_ptr<gm::DeviceRows> device_rows_;  // null: host memory, this library's own loops over ggml's conversions
+    std::vector<gm_tap_stats> stats_;
+    int64_t                 written_slices_ = 0;  // taps of rows
+    gm_mirror_times         times_{};
+    std::mutex              mutex_;
+};

@@ -1,0 +1,87 @@
+#include "ring.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <string>
+
+namespace gm {
+
+Ring::Ring(int64_t cap, int32_t taps)
+    : slots_(size_t(cap)), all_taps_(taps == 64 ? ~uint64_t(0) : (uint64_t(1) << taps) - 1) {}
+
+Runs Ring::runs(int64_t start, int64_t count) const {
+    Runs          runs;
+    const int64_t first = slot(start);
+    const int64_t head  = std::min(count, cap() - first);
+    if (head > 0) runs.run[runs.n++] = { first, 0, head };
+    if (count > head) runs.run[runs.n++] = { 0, head, count - head };
+    return runs;
+}
+
+void Ring::begin_write(int64_t start, int64_t count, uint64_t taps) {
+    for (int64_t p = start; p < start + count; ++p) {
+        Slot & s = slots_[slot(p)];
+        if (s.position != p) s = { p, 0 };
+        s.taps &= ~taps;
+    }
+    end_ = std::max(end_, start + count);
+}
+
+void Ring::end_write(int64_t start, int64_t count, uint64_t taps) {
+    for (int64_t p = start; p < start + count; ++p) slots_[slot(p)].taps |= taps;
+}
+
+void Ring::truncate(int64_t from) {
+    // Each live position >= from lies in [from, end_); a range longer than the ring visits every slot once.
+    for (int64_t p = std::max({ from, end_ - cap(), int64_t(0) }); p < end_; ++p) {
+        Slot & s = slots_[slot(p)];
+        if (s.position >= from) s = Slot{};
+    }
+    end_ = std::min(end_, std::max<int64_t>(from, 0));
+}
+
+void Ring::clear() {
+    std::fill(slots_.begin(), slots_.end(), Slot{});
+    end_ = 0;
+}
+
+static std::string tap_list(uint64_t taps) {
+    std::string list;
+    for (int t = 0; t < 64; ++t) {
+        if (taps >> t & 1) list += (list.empty() ? "" : ", ") + std::to_string(t);
+    }
+    return list;
+}
+
+void Ring::require(int64_t start, int64_t count) const {
+    for (int64_t p = start; p < start + count; ++p) {
+        const Slot & s = slots_[slot(p)];
+        if (s.position == p && s.taps == all_taps_) continue;
+        char reason[256];
+        if (s.position == p && s.taps != 0) {
+            snprintf(reason, sizeof(reason), "is partial: taps not written: %s", tap_list(all_taps_ & ~s.taps).c_str());
+        } else if (s.position > p) {
+            snprintf(reason, sizeof(reason), "was overwritten by position %lld (cap %lld)", (long long) s.position, (long long) cap());
+        } else {
+            snprintf(reason, sizeof(reason), "was never written, or was forgotten by truncate or clear");
+        }
+        throw error(GM_ERR_STALE, "cannot read positions %lld..%lld: position %lld %s", (long long) start,
+                    (long long) (start + count - 1), (long long) p, reason).at(p);
+    }
+}
+
+std::vector<Ring::Live> Ring::live(bool complete_only) const {
+    std::vector<Live> live;
+    for (const Slot & s : slots_) {
+        if (s.position >= 0 && (complete_only ? s.taps == all_taps_ : s.taps != 0)) live.push_back({ s.position, s.taps });
+    }
+    std::sort(live.begin(), live.end(), [](const Live & a, const Live & b) { return a.position < b.position; });
+    return live;
+}
+
+uint64_t Ring::taps_at(int64_t position) const {
+    const Slot & s = slots_[slot(position)];
+    return s.position == position ? s.taps : 0;
+}
+
+} // namespace gm

@@ -1,0 +1,63 @@
+// Which position each slot holds and which of its taps were written. Knows nothing of bytes or devices.
+#pragma once
+
+#include "error.h"
+
+#include <vector>
+
+namespace gm {
+
+// A range of positions as it lies in the ring: one run, or two where it wraps.
+struct Run {
+    int64_t slot;    // first slot
+    int64_t offset;  // first row of the range
+    int64_t count;
+};
+
+struct Runs {
+    Run run[2];
+    int n = 0;
+    const Run * begin() const { return run; }
+    const Run * end() const { return run + n; }
+};
+
+class Ring {
+  public:
+    Ring(int64_t cap, int32_t taps);
+
+    int64_t cap() const { return int64_t(slots_.size()); }
+    int64_t slot(int64_t position) const { return position % cap(); }
+
+    // start..start+count-1; count <= cap.
+    Runs runs(int64_t start, int64_t count) const;
+
+    // Before data of `taps` moves into the range: those taps are no longer valid. After it: they are.
+    void begin_write(int64_t start, int64_t count, uint64_t taps);
+    void end_write(int64_t start, int64_t count, uint64_t taps);
+
+    void truncate(int64_t from);
+    void clear();
+
+    // Throws GM_ERR_STALE naming the first position that is missing, partial or overwritten.
+    void require(int64_t start, int64_t count) const;
+
+    // Live slots (complete ones, or any with a tap), ascending by position.
+    struct Live { int64_t position; uint64_t taps; };
+    std::vector<Live> live(bool complete_only) const;
+    uint64_t          taps_at(int64_t position) const;  // 0 if the slot holds another position
+
+    uint64_t all_taps() const { return all_taps_; }
+
+    static uint64_t bytes(int64_t cap) { return uint64_t(cap) * sizeof(Slot); }
+
+  private:
+    struct Slot {
+        int64_t  position = -1;
+        uint64_t taps     = 0;
+    };
+    std::vector<Slot> slots_;
+    uint64_t          all_taps_;
+    int64_t           end_ = 0;  // 1 + highest live position: bounds the work of truncate
+};
+
+} // namespace gm
