@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ._native import check, ffi, lib
+from .device import Device, devices
 from .errors import ArgumentError, CaptureError
 from .mirror import FeatureMirror
 
@@ -57,7 +58,7 @@ def capture(llm: Llama, mirror: FeatureMirror | Sequence[FeatureMirror], taps: S
     mirrors = [mirror] if isinstance(mirror, FeatureMirror) else list(mirror)
     layers = _checked_taps(llm, taps)
     _check_mirrors(mirrors, layers)
-    hook = _Hook.of(llm)
+    hook = Hook.of(llm)
     hook.require(layers, mirrors[0].n_embd)
     fingerprint = None
     for m in mirrors:
@@ -68,7 +69,12 @@ def capture(llm: Llama, mirror: FeatureMirror | Sequence[FeatureMirror], taps: S
         yield
 
 
-class _Hook:
+def prepare(llm: Llama) -> Hook:
+    """Make the Llama's context able to be captured, as :func:`capture` does at first; its hook knows the model's own tensors."""
+    return Hook.of(llm)
+
+
+class Hook:
     """The eval callback of one native context, and what the model's graph was found to have."""
 
     def __init__(self) -> None:
@@ -78,12 +84,14 @@ class _Hook:
         self.context: Any = None
         self.found: dict[int, tuple[int, int]] = {}
         self.evaluated = 0
+        self.tok_embd = self.output = 0  # addresses of the model's own tensors; 0: not seen
         self.busy = False
+        self.mirrors: list[FeatureMirror] = []
 
     @classmethod
-    def of(cls, llm: Llama) -> _Hook:
+    def of(cls, llm: Llama) -> Hook:
         """The hook of the Llama's context; made, with a new native context, at the first call."""
-        hook: _Hook | None = getattr(llm._ctx, _ATTRIBUTE, None)
+        hook: Hook | None = getattr(llm._ctx, _ATTRIBUTE, None)
         if hook is None:
             hook = cls()
             _remake_context(llm, hook)
@@ -112,11 +120,20 @@ class _Hook:
         memory = llama_cpp.llama_get_memory(ctx)
         if memory is not None:
             llama_cpp.llama_memory_clear(memory, True)
+        tok_embd, output = ffi.new("struct ggml_tensor **"), ffi.new("struct ggml_tensor **")
+        check(lib.gm_capture_target_tensors(self.handle, tok_embd, output))
+        self.tok_embd, self.output = (int(ffi.cast("uintptr_t", t[0])) for t in (tok_embd, output))
         width, rows = ffi.new("int64_t *"), ffi.new("int64_t *")
         for layer in range(n_layer):
             check(lib.gm_capture_found(self.handle, layer, width, rows))
             if width[0]:
                 self.found[layer] = (width[0], rows[0])
+
+    def output_device(self) -> Device:
+        """The device on which the model's output matrix lies."""
+        index = ffi.new("int32_t *")
+        check(lib.gm_tensor_device(ffi.cast("struct ggml_tensor *", self.output), index))
+        return devices()[index[0]]
 
     def require(self, layers: Sequence[int], n_embd: int) -> None:
         """Every tap exists, has the mirror's width, and gives a row per token."""
@@ -139,11 +156,20 @@ class _Hook:
         handles = [m._open() for m in mirrors]  # also keeps the rings alive while they are attached
         check(lib.gm_capture_attach(self.handle, len(layers), ffi.new("int32_t[]", layers), len(handles), ffi.new("gm_mirror *[]", handles)))
         self.busy = True
-        self.context.decode = self._decode
+        followed = {
+            "decode": self._decode,
+            "kv_cache_clear": self._clear,
+            "kv_cache_seq_rm": self._remove,
+            "kv_cache_seq_shift": self._shift,
+        }
+        self.mirrors = list(mirrors)
+        vars(self.context).update(followed)
         try:
             yield
         finally:
-            del self.context.decode
+            for name in followed:
+                del vars(self.context)[name]
+            self.mirrors = []
             self.busy = False
             check(lib.gm_capture_detach(self.handle))
 
@@ -162,6 +188,29 @@ class _Hook:
             lib.gm_capture_end(self.handle)
             raise
         check(lib.gm_capture_end(self.handle))
+
+
+    # The mirrors follow what is done to the captured sequence's cells, too.
+
+    def _clear(self) -> None:
+        type(self.context).kv_cache_clear(self.context)
+        self._truncate(0)
+
+    def _remove(self, seq_id: int, p0: int, p1: int) -> bool:
+        removed: bool = type(self.context).kv_cache_seq_rm(self.context, seq_id, p0, p1)
+        if removed and seq_id in (-1, SEQUENCE):
+            self._truncate(p0)
+        return removed
+
+    def _shift(self, seq_id: int, p0: int, p1: int, shift: int) -> None:
+        type(self.context).kv_cache_seq_shift(self.context, seq_id, p0, p1, shift)
+        if seq_id in (-1, SEQUENCE):
+            # Rows do not move between slots: those whose positions changed are forgotten.
+            self._truncate(min(p0, p0 + shift))
+
+    def _truncate(self, position: int) -> None:
+        for mirror in self.mirrors:
+            mirror.truncate(max(position, 0))
 
 
 def _positions(batch: Any) -> tuple[int, int] | None:
@@ -207,7 +256,7 @@ def _check_mirrors(mirrors: Sequence[FeatureMirror], layers: Sequence[int]) -> N
             raise ArgumentError(f"the mirrors differ in n_embd: {m.n_embd} and {mirrors[0].n_embd}")
 
 
-def _remake_context(llm: Llama, hook: _Hook) -> None:
+def _remake_context(llm: Llama, hook: Hook) -> None:
     """Give the Llama a native context with the hook as its cb_eval, its state carried over. On failure it is as it was."""
     context = llm._ctx
     params = type(llm.context_params).from_buffer_copy(llm.context_params)

@@ -93,5 +93,13 @@ class ModelFileError(GgmlMirrorError):
     """A GGUF file is missing, truncated, foreign, or lacks what is needed."""
 
 
+class UnsupportedDraftError(GgmlMirrorError):
+    """A draft of another design (DFlash2, DSpark) or with a feature that the draft graph lacks; names what was found."""
+
+
+class DraftMismatchError(GgmlMirrorError, ValueError):
+    """A sound draft that was made for another target; names both numbers."""
+
+
 class VersionMismatchError(GgmlMirrorError, ImportError):
     """The native library was built against another ggml than the one that is loaded."""

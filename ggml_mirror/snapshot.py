@@ -143,7 +143,7 @@ class Snapshot:
         """Restore into a mirror: see :meth:`FeatureMirror.restore`."""
         with mirror._lock:
             handle = mirror._open()
-            self._require_fit(mirror)
+            self.require_fit(mirror)
             positions, masks, rows = (np.ascontiguousarray(a) for a in (self.positions, self.tap_masks, self.rows))
             check(
                 lib.gm_mirror_load(
@@ -156,7 +156,8 @@ class Snapshot:
             )
             mirror.target, mirror.draft = mirror.target or self.header.target, mirror.draft or self.header.draft
 
-    def _require_fit(self, mirror: FeatureMirror) -> None:
+    def require_fit(self, mirror: FeatureMirror) -> None:
+        """Raise SnapshotMismatchError unless ``mirror`` could take this snapshot."""
         ours = {"rows": mirror.rows, "dtype": mirror.dtype.value, "taps": mirror.taps, "n_embd": mirror.n_embd, "cap": mirror.cap}
         wrong = [f"{name} {getattr(self.header, name)} (mirror: {ours[name]})" for name in _IDENTITY if getattr(self.header, name) != ours[name]]
         # A mirror that has not been told its models takes the snapshot's; one that has accepts no other.

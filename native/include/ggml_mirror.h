@@ -97,6 +97,9 @@ GM_API gm_status gm_device_get(int32_t index, gm_device_info * info);
 // Index of a device: a ggml device name (any case), or "auto" (the first GPU, else the CPU).
 GM_API gm_status gm_device_find(const char * name, int32_t * index);
 
+// Index of the device whose memory a tensor lies in.
+GM_API gm_status gm_tensor_device(const struct ggml_tensor * tensor, int32_t * index);
+
 // Can the device capture rows into, and read rows back from, a ring of `type`?
 GM_API gm_status gm_device_supports(int32_t index, int32_t type, bool * capture, bool * read);
 
@@ -190,6 +193,9 @@ GM_API void * gm_capture_callback(void);
 GM_API gm_status gm_capture_discover(gm_capture * capture);
 GM_API gm_status gm_capture_found(gm_capture * capture, int32_t layer, int64_t * width, int64_t * rows);
 
+// The model's own token embedding and output matrix, as seen while discovering; NULL if not seen. They live as long as the model.
+GM_API gm_status gm_capture_target_tensors(gm_capture * capture, struct ggml_tensor ** tok_embd, struct ggml_tensor ** output);
+
 // Send the outputs of blocks layers[0..n_taps) to every mirror (all of n_taps taps). The mirrors must outlive the attachment.
 GM_API gm_status gm_capture_attach(gm_capture * capture, int32_t n_taps, const int32_t * layers, int32_t n_mirrors, gm_mirror * const * mirrors);
 GM_API gm_status gm_capture_detach(gm_capture * capture);
@@ -199,6 +205,62 @@ GM_API gm_status gm_capture_begin(gm_capture * capture, int64_t start, int64_t c
 
 // Close it: GM_OK if each tap gave each row, else the first error (rows >= start are forgotten again).
 GM_API gm_status gm_capture_end(gm_capture * capture);
+
+// ----------------------------------------------------------------------------------------------- draft
+
+// A DFlash draft on the device of the mirrors that it reads.
+typedef struct gm_draft gm_draft;
+
+typedef struct gm_draft_params {
+    const char * path;         // GGUF file
+    int32_t  device;           // index, see gm_device_find
+    int32_t  n_threads;        // for host devices; 0: all cores
+    int32_t  n_layer, n_embd, n_head, n_head_kv, head_dim, n_rot;
+    int32_t  n_taps;           // the row is n_taps * n_embd_target wide
+    int32_t  n_embd_target;
+    int32_t  block_size;       // tokens in a block, the last committed one included
+    int32_t  mask_token;
+    int32_t  n_vocab;          // of the target
+    float    rms_eps, rope_base, rope_scale;
+    float    embedding_scale, attention_scale, attention_value_scale; // 0: none (attention: 1/sqrt(head_dim))
+    bool     gelu;             // feed-forward activation; false: SiLU
+    bool     causal;           // attention inside the block
+    int32_t  n_swa;            // sliding window of the layers in swa_layers; 0: none
+    uint64_t swa_layers;       // bit mask
+    int64_t  window;           // context rows that the draft attends to, at most
+    struct ggml_tensor * tok_embd; // the target's, may be NULL if the draft has its own
+    struct ggml_tensor * output;
+} gm_draft_params;
+
+typedef struct gm_draft_bytes {
+    uint64_t weights;
+    uint64_t kv;               // keys and values of the window, derived from rows
+    uint64_t compute;          // scratch, 0 before the first step
+} gm_draft_bytes;
+
+typedef struct gm_draft_times {
+    int64_t steps, rows_projected;
+    int64_t read_ns;           // rows from the mirror to F32
+    int64_t project_ns;        // rows to keys and values
+    int64_t block_ns;          // the noise block, up to its tokens
+} gm_draft_times;
+
+// Bytes that gm_draft_new would allocate on the device; the file is read as far as its header.
+GM_API gm_status gm_draft_size_of(const gm_draft_params * params, gm_draft_bytes * bytes);
+
+GM_API gm_status gm_draft_new(const gm_draft_params * params, gm_draft ** out);
+GM_API void      gm_draft_free(gm_draft * draft);
+
+// Draft what follows `last_token` at position n_past: n_tokens <= block_size - 1 tokens, from the complete rows before n_past that the
+// window reaches. Rows are projected once; rows that changed since are projected again. *n_context: rows attended to (0 is allowed).
+GM_API gm_status gm_draft_step(gm_draft * draft, gm_mirror * mirror, int64_t n_past, int32_t last_token, int32_t n_tokens, int32_t * tokens, int64_t * n_context);
+
+// Logits of the last step: F32 [n_tokens + 1, n_vocab] in host memory (row 0 is the last committed token's).
+GM_API gm_status gm_draft_logits(gm_draft * draft, int64_t n_values, float * logits);
+
+GM_API gm_status gm_draft_get_bytes(gm_draft * draft, gm_draft_bytes * bytes);
+GM_API gm_status gm_draft_get_times(gm_draft * draft, gm_draft_times * times);
+GM_API gm_status gm_draft_reset_times(gm_draft * draft);
 
 #ifdef __cplusplus
 }

@@ -13,6 +13,8 @@ struct gm_capture {
 
     std::atomic<Mode>        mode{ Mode::off };
     std::map<int32_t, std::pair<int64_t, int64_t>> found;  // block -> width, rows of its output in the last evaluation
+    ggml_tensor *            tok_embd = nullptr;           // the model's own, seen while discovering
+    ggml_tensor *            output   = nullptr;
     std::vector<int32_t>     layers;                       // by tap
     std::vector<gm_mirror *> mirrors;
     std::vector<int64_t>     rows_seen;                    // by tap, of the evaluation that is open
@@ -35,9 +37,24 @@ int32_t block_of(const char * name) {
     return end != name + sizeof(prefix) - 1 && *end == '\0' && block >= 0 && block < (1 << 20) ? int32_t(block) : -1;
 }
 
+bool is_weight(const ggml_tensor * t) {
+    return t && t->buffer && ggml_backend_buffer_get_usage(t->buffer) == GGML_BACKEND_BUFFER_USAGE_WEIGHTS;
+}
+
+// Which weights turn tokens into embeddings and the last hidden state into logits: found by the ops that use them.
+void note_target_tensors(gm_capture & capture, ggml_tensor * t) {
+    if (!capture.tok_embd && t->op == GGML_OP_GET_ROWS && is_weight(t->src[0]) && strcmp(t->src[0]->name, "token_embd.weight") == 0) {
+        capture.tok_embd = t->src[0];
+    }
+    if (strcmp(t->name, "result_output") != 0) return;
+    while (t && t->op != GGML_OP_MUL_MAT) t = t->src[0];  // past scales, soft caps and biases
+    if (t && is_weight(t->src[0])) capture.output = t->src[0];
+}
+
 bool on_node(ggml_tensor * t, bool ask, void * user_data) {
     auto & capture = *static_cast<gm_capture *>(user_data);
     if (capture.mode == gm_capture::Mode::off) return !ask;
+    if (capture.mode == gm_capture::Mode::discover && ask) note_target_tensors(capture, t);
     const int32_t block = block_of(t->name);
     if (block < 0) return !ask;
     if (capture.mode == gm_capture::Mode::discover) {
@@ -96,6 +113,7 @@ gm_status gm_capture_discover(gm_capture * capture) {
     return gm::guard([&] {
         gm_capture & c = gm::required(capture, "capture");
         c.found.clear();
+        c.tok_embd = c.output = nullptr;
         c.mode = gm_capture::Mode::discover;
     });
 }
@@ -106,6 +124,13 @@ gm_status gm_capture_found(gm_capture * capture, int32_t layer, int64_t * width,
         const auto   it    = found.find(layer);
         gm::required(width, "width") = it == found.end() ? 0 : it->second.first;
         gm::required(rows, "rows")   = it == found.end() ? 0 : it->second.second;
+    });
+}
+
+gm_status gm_capture_target_tensors(gm_capture * capture, struct ggml_tensor ** tok_embd, struct ggml_tensor ** output) {
+    return gm::guard([&] {
+        gm::required(tok_embd, "tok_embd") = gm::required(capture, "capture").tok_embd;
+        gm::required(output, "output")     = capture->output;
     });
 }
 

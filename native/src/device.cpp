@@ -21,6 +21,14 @@ bool device_is_host(ggml_backend_dev_t device) {
     return ggml_backend_buft_is_host(ggml_backend_dev_buffer_type(device));
 }
 
+ggml_backend_dev_t device_of(const ggml_tensor * t) {
+    const auto buffer = t->view_src ? t->view_src->buffer : t->buffer;
+    if (!buffer) throw error(GM_ERR_ARGUMENT, "tensor %s has no memory", t->name);
+    const auto device = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(buffer));
+    // Mapped files are host memory of no device in particular.
+    return device ? device : ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+}
+
 // One number of a small text file; -1 if there is none ("max").
 static int64_t read_number(const char * path, const char * key) {
     FILE * file = fopen(path, "re");
@@ -115,6 +123,19 @@ gm_status gm_device_find(const char * name, int32_t * index) {
             throw gm::error(GM_ERR_DEVICE, "no device named '%.60s'; use auto or one of: %.350s", name, names.c_str());
         }
         *index = found;
+    });
+}
+
+gm_status gm_tensor_device(const struct ggml_tensor * tensor, int32_t * index) {
+    return gm::guard([&] {
+        const ggml_backend_dev_t device = gm::device_of(&gm::required(tensor, "tensor"));
+        for (int32_t i = 0; i < gm_device_count(); ++i) {
+            if (ggml_backend_dev_get(size_t(i)) == device) {
+                gm::required(index, "index") = i;
+                return;
+            }
+        }
+        throw gm::error(GM_ERR_DEVICE, "tensor %s lies on no device that ggml lists", tensor->name);
     });
 }
 

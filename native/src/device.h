@@ -9,6 +9,8 @@ namespace gm {
 ggml_backend_dev_t device_at(int32_t index);
 bool               device_is_host(ggml_backend_dev_t device);
 
+ggml_backend_dev_t device_of(const ggml_tensor * tensor);
+
 // Free bytes; for host devices what this process may still take: MemAvailable, or less under a cgroup limit.
 uint64_t device_memory_free(ggml_backend_dev_t device);
 

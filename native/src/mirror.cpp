@@ -3,6 +3,7 @@
 #include "device.h"
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <cmath>
 #include <cstring>
@@ -12,6 +13,8 @@ using gm::error;
 namespace {
 
 constexpr int64_t kMaxPosition = int64_t(1) << 62;
+
+std::atomic<uint64_t> mirrors_made{ 0 };
 
 // Adds the time it lives to a counter of nanoseconds.
 class Stopwatch {
@@ -55,7 +58,7 @@ gm_mirror_size gm_mirror::size_of(const gm_mirror_params & params) {
 }
 
 gm_mirror::gm_mirror(const gm_mirror_params & params)
-    : params_(checked(params)), dtype_(gm::dtype(params.type)), row_bytes_(size_of(params).row), device_(gm::device_at(params.device)),
+    : params_(checked(params)), id_(++mirrors_made), dtype_(gm::dtype(params.type)), row_bytes_(size_of(params).row), device_(gm::device_at(params.device)),
       slots_(0, params.taps), threads_(params.n_threads), stats_(size_t(params.taps)) {
     const gm_mirror_size size = size_of(params_);
     const bool           host = gm::device_is_host(device_);
@@ -231,6 +234,24 @@ const float * gm_mirror::view(int64_t start, int64_t count) {
                     (long long) (start + count - 1), (long long) params_.cap);
     }
     return reinterpret_cast<const float *>(host_row(slots_.slot(start)));
+}
+
+int64_t gm_mirror::stretch_before(int64_t end, int64_t max) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return slots_.stretch_before(end, max);
+}
+
+std::vector<uint64_t> gm_mirror::versions(int64_t start, int64_t count) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    std::vector<uint64_t>       versions(static_cast<size_t>(count));
+    for (int64_t i = 0; i < count; ++i) versions[size_t(i)] = slots_.version(start + i);
+    return versions;
+}
+
+void * gm_mirror::in_place(int64_t start, int64_t count) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    slots_.require(start, count);
+    return dtype_.type == GGML_TYPE_F32 && slots_.runs(start, count).n == 1 ? host_row(slots_.slot(start)) : nullptr;
 }
 
 // ---------------------------------------------------------------------------------- validity, save, load

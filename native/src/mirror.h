@@ -24,6 +24,16 @@ struct gm_mirror {
     void save(int64_t count, const int64_t * positions, uint8_t * rows);
     void load(int64_t count, const int64_t * positions, const uint64_t * tap_masks, const uint8_t * rows);
 
+    // For a reader that keeps what it derived from rows: see gm::Ring.
+    int64_t               stretch_before(int64_t end, int64_t max);
+    std::vector<uint64_t> versions(int64_t start, int64_t count);
+    // The rows as they lie in the ring: F32, complete, not wrapped; null if they have to be read.
+    void *                in_place(int64_t start, int64_t count);
+    ggml_backend_buffer_t buffer() const { return buffer_.get(); }
+    ggml_backend_dev_t    device() const { return device_; }
+    int64_t               cap() const { return params_.cap; }
+    uint64_t              id() const { return id_; }  // no other mirror of this process has had it
+
     gm_tap_stats    tap_stats(int32_t tap);
     gm_mirror_times times();
     void            reset_stats();
@@ -40,6 +50,7 @@ struct gm_mirror {
     char *   host_row(int64_t slot) const { return static_cast<char *>(ring_->data) + uint64_t(slot) * row_bytes_; }
 
     gm_mirror_params        params_;
+    uint64_t                id_;
     const gm::Dtype &       dtype_;
     uint64_t                row_bytes_;
     ggml_backend_dev_t      device_;

@@ -21,14 +21,18 @@ Runs Ring::runs(int64_t start, int64_t count) const {
 void Ring::begin_write(int64_t start, int64_t count, uint64_t taps) {
     for (int64_t p = start; p < start + count; ++p) {
         Slot & s = slots_[slot(p)];
-        if (s.position != p) s = { p, 0 };
+        if (s.position != p) s = { p, 0, 0 };
         s.taps &= ~taps;
     }
     end_ = std::max(end_, start + count);
 }
 
 void Ring::end_write(int64_t start, int64_t count, uint64_t taps) {
-    for (int64_t p = start; p < start + count; ++p) slots_[slot(p)].taps |= taps;
+    ++version_;
+    for (int64_t p = start; p < start + count; ++p) {
+        slots_[slot(p)].taps |= taps;
+        slots_[slot(p)].version = version_;
+    }
 }
 
 void Ring::truncate(int64_t from) {
@@ -82,6 +86,17 @@ std::vector<Ring::Live> Ring::live(bool complete_only) const {
 uint64_t Ring::taps_at(int64_t position) const {
     const Slot & s = slots_[slot(position)];
     return s.position == position ? s.taps : 0;
+}
+
+int64_t Ring::stretch_before(int64_t end, int64_t max) const {
+    int64_t n = 0;
+    while (n < std::min({ max, end, cap() }) && version(end - n - 1) != 0) ++n;
+    return n;
+}
+
+uint64_t Ring::version(int64_t position) const {
+    const Slot & s = slots_[slot(position)];
+    return s.position == position && s.taps == all_taps_ ? s.version : 0;
 }
 
 } // namespace gm

@@ -46,6 +46,12 @@ class Ring {
     std::vector<Live> live(bool complete_only) const;
     uint64_t          taps_at(int64_t position) const;  // 0 if the slot holds another position
 
+    // Longest complete stretch that ends before `end`, of at most `max` rows: its length.
+    int64_t stretch_before(int64_t end, int64_t max) const;
+
+    // Changes whenever the row of the position does: lets a reader know what it has seen already. 0: not complete.
+    uint64_t version(int64_t position) const;
+
     uint64_t all_taps() const { return all_taps_; }
 
     static uint64_t bytes(int64_t cap) { return uint64_t(cap) * sizeof(Slot); }
@@ -54,9 +60,11 @@ class Ring {
     struct Slot {
         int64_t  position = -1;
         uint64_t taps     = 0;
+        uint64_t version  = 0;
     };
     std::vector<Slot> slots_;
     uint64_t          all_taps_;
+    uint64_t          version_ = 0;
     int64_t           end_ = 0;  // 1 + highest live position: bounds the work of truncate
 };
 

@@ -88,9 +88,12 @@ void quantize_checked(const Dtype & d, const float * x, void * y, int64_t n, Tal
     }
 }
 
-HostThreads::HostThreads(int n_threads) {
-    const int cores = std::max(1u, std::thread::hardware_concurrency());
-    n_threads_      = std::min(n_threads > 0 ? n_threads : cores, 512);
+int HostThreads::resolve(int n_threads) {
+    const int cores = int(std::max(1u, std::thread::hardware_concurrency()));
+    return std::min(n_threads > 0 ? n_threads : cores, 512);
+}
+
+HostThreads::HostThreads(int n_threads) : n_threads_(resolve(n_threads)) {
     if (n_threads_ == 1) return;
     auto * device = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
     if (device) backend_.reset(ggml_backend_dev_init(device, nullptr));

@@ -28,6 +28,7 @@ class HostThreads {
     explicit HostThreads(int n_threads);  // 0: all cores
     void run(int64_t n, uint64_t bytes, const std::function<void(int64_t, int64_t)> & body);
     int  n_threads() const { return n_threads_; }
+    static int resolve(int n_threads);  // 0 -> all cores
 
   private:
     int                n_threads_;

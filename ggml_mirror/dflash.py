@@ -1,0 +1,382 @@
+"""DFlashLlama: a llama_cpp.Llama that drafts with a DFlash draft from a feature mirror."""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from collections.abc import Generator, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import llama_cpp
+import numpy as np
+from llama_cpp import Llama, LlamaState
+
+from .capture import SEQUENCE, capture, prepare
+from .device import find_device
+from .draft import Draft, DraftSpec
+from .draft_stats import DraftStats
+from .dtype import FeatureDtype
+from .errors import ArgumentError, SnapshotMismatchError
+from .fingerprint import fingerprint
+from .mirror import FeatureMirror
+from .model_info import ModelInfo
+from .rollback import Rollback, wants_snapshots
+from .snapshot import Snapshot
+
+#: Context rows that the draft attends to unless told otherwise.
+DEFAULT_WINDOW = 4096
+
+
+class DFlashState(LlamaState):
+    """A saved state of the target together with the mirror's rows in storage bytes."""
+
+    mirror: Snapshot
+
+
+class DFlashLlama(Llama):
+    """A ``llama_cpp.Llama`` whose decoding is drafted: same methods, same text, same distribution.
+
+    Every emitted token is one that llama.cpp's samplers chose on the target's own logits; the draft only decides how many
+    positions are evaluated at once.
+
+    Args:
+        model_path: the target.
+        draft_path: a DFlash draft made for it.
+        feature_dtype: how the mirror stores rows; None takes ``DFLASH_FEATURE_DTYPE``, else f32.
+        draft_window: context rows that the draft attends to; the mirror holds ``draft_window + block_size`` rows. None takes
+            4096, or the context if that is smaller.
+        draft_device: device of draft and mirror: a ggml device name, or "auto": where the target's output matrix lies.
+        n_draft: tokens to draft per step, at most ``block_size - 1`` (the default).
+        llama_kwargs: as for ``llama_cpp.Llama``, but for ``draft_model`` and ``embedding``; ``flash_attn`` is on unless given.
+
+    Raises:
+        ModelFileError, UnsupportedDraftError, DraftMismatchError: before anything is allocated.
+        MirrorMemoryError: draft or mirror do not fit; names the bytes and what would fit.
+
+    Example::
+
+        llm = DFlashLlama("target.gguf", draft_path="draft.gguf", feature_dtype="q8_0", n_ctx=8192)
+        print(llm("def fibonacci(n):", max_tokens=64, temperature=0)["choices"][0]["text"], llm.stats.tau)
+    """
+
+    def __init__(
+        self,
+        model_path: str,
+        *,
+        draft_path: str,
+        feature_dtype: str | FeatureDtype | None = None,
+        draft_window: int | None = None,
+        draft_device: str = "auto",
+        n_draft: int | None = None,
+        **llama_kwargs: Any,
+    ) -> None:
+        for name in ("draft_model", "embedding"):
+            if llama_kwargs.get(name):
+                raise ArgumentError(f"{name} cannot be given together with draft_path")
+        self.feature_dtype = FeatureDtype.resolve(feature_dtype)
+        self.draft_path = str(draft_path)
+        self._drafting = {"draft_window": draft_window, "draft_device": draft_device, "n_draft": n_draft}
+        target = ModelInfo.read(model_path)
+        self.draft_spec = DraftSpec.read(draft_path, target)
+        block = self.draft_spec.block_size
+        self.n_draft = block - 1 if n_draft is None else n_draft
+        if not 1 <= self.n_draft <= block - 1:
+            raise ArgumentError(f"n_draft is {n_draft}; this draft's block gives 1 to {block - 1} tokens")
+        if draft_window is not None and draft_window < 1:
+            raise ArgumentError(f"draft_window is {draft_window}; it must be positive")
+
+        # Without flash attention llama.cpp's CPU backend rounds a batch otherwise than a single token, so verified text would part
+        # from plain text at near ties (logits differ by up to 0.6 on SmolLM2-135M Q4_1; with it, by 0).
+        llama_kwargs.setdefault("flash_attn", True)
+        super().__init__(model_path, **llama_kwargs)
+        try:
+            self._start_drafting(draft_window, draft_device)
+        except BaseException:
+            self.close()
+            raise
+
+    def _start_drafting(self, draft_window: int | None, draft_device: str) -> None:
+        block = self.draft_spec.block_size
+        if self.n_batch < self.n_draft + 1:
+            raise ArgumentError(f"n_batch is {self.n_batch}; verifying {self.n_draft} drafted tokens needs {self.n_draft + 1}")
+        if wants_snapshots(self):
+            self.context_params.n_rs_seq = block
+        hook = prepare(self)
+        device = find_device(draft_device) if draft_device != "auto" else hook.output_device()
+        self.draft_window = min(self.n_ctx(), DEFAULT_WINDOW) if draft_window is None else min(draft_window, self.n_ctx())
+        spec = self.draft_spec
+        self.mirror = self._stack.enter_context(
+            FeatureMirror(
+                taps=len(spec.taps),
+                n_embd=spec.n_embd_target,
+                cap=self.draft_window + block,  # slack: an unverified block must not displace rows of the window
+                dtype=self.feature_dtype,
+                device=device.name,
+                n_threads=self.n_threads,
+                target=fingerprint(self.model_path),
+                draft=fingerprint(self.draft_path),
+            )
+        )
+        self.draft = Draft(
+            spec,
+            n_vocab=self.n_vocab(),
+            tok_embd=hook.tok_embd,
+            output=hook.output,
+            device_index=device.index,
+            window=self.draft_window,
+            n_threads=self.n_threads,
+        )
+        self._stack.callback(self.draft.close)
+        self._capture = self._stack.enter_context(ExitStack())
+        self._capture.enter_context(capture(self, self.mirror, spec.taps))
+        self._rollback = Rollback(self, block)
+        self.stats = DraftStats()
+
+    # ------------------------------------------------------------------ decoding
+
+    def generate(  # type: ignore[override]
+        self,
+        tokens: Sequence[int],
+        top_k: int = 40,
+        top_p: float = 0.95,
+        min_p: float = 0.05,
+        typical_p: float = 1.0,
+        temp: float = 0.80,
+        repeat_penalty: float = 1.0,
+        reset: bool = True,
+        frequency_penalty: float = 0.0,
+        presence_penalty: float = 0.0,
+        tfs_z: float = 1.0,
+        mirostat_mode: int = 0,
+        mirostat_tau: float = 5.0,
+        mirostat_eta: float = 0.1,
+        penalize_nl: bool = True,
+        logits_processor: Any = None,
+        stopping_criteria: Any = None,
+        grammar: Any = None,
+    ) -> Generator[int, Sequence[int] | None, None]:
+        """As ``Llama.generate``: yields tokens, takes further tokens through ``send``."""
+        self._mirostat_mu = ctypes.c_float(2.0 * mirostat_tau)
+        self._sampler = self._init_sampler(
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            typical_p=typical_p,
+            temp=temp,
+            repeat_penalty=repeat_penalty,
+            frequency_penalty=frequency_penalty,
+            presence_penalty=presence_penalty,
+            tfs_z=tfs_z,
+            mirostat_mode=mirostat_mode,
+            mirostat_eta=mirostat_eta,
+            mirostat_tau=mirostat_tau,
+            penalize_nl=penalize_nl,
+            logits_processor=logits_processor,
+            grammar=grammar,
+        )
+        step = _Decoder(self, list(tokens), reset)
+        try:
+            while True:
+                token = step.sample()
+                if stopping_criteria is not None and stopping_criteria(
+                    self._input_ids, self._scores[-1, :] if self._logits_all else self.scores[0, :]
+                ):
+                    return
+                sent = yield token
+                step.feed([token, *(sent or [])])
+        finally:
+            step.close()
+
+    def reset(self) -> None:
+        """Forget the sequence, its rows included."""
+        super().reset()
+        if hasattr(self, "mirror") and not self.mirror.closed:
+            self.mirror.clear()
+
+    # ---------------------------------------------------------------------- state
+
+    def save_state(self) -> DFlashState:
+        """The target's state and the mirror's rows, in storage bytes."""
+        size = llama_cpp.llama_state_get_size(self.ctx)
+        data = (ctypes.c_uint8 * size)()
+        written = llama_cpp.llama_state_get_data(self.ctx, data, size)
+        if written > size:
+            raise RuntimeError(f"llama.cpp wrote {written} bytes of state, {size} were announced")
+        state = DFlashState(
+            input_ids=self.input_ids.copy(),
+            # Without logits_all nothing reads old scores; the base class would copy n_batch x n_vocab of them.
+            scores=self._scores.copy() if self._logits_all else np.empty((0, self._n_vocab), np.single),
+            n_tokens=self.n_tokens,
+            llama_state=bytes(memoryview(data)[:written]),
+            llama_state_size=written,
+            seed=self._seed,
+        )
+        state.mirror = self.mirror.snapshot()
+        return state
+
+    def load_state(self, state: LlamaState) -> None:
+        """Become what :meth:`save_state` saved: the target's state and its rows, or nothing.
+
+        Raises:
+            SnapshotMismatchError: saved without a mirror, or with another dtype, window, draft or target; nothing was changed.
+        """
+        snapshot = getattr(state, "mirror", None)
+        if not isinstance(snapshot, Snapshot):
+            raise SnapshotMismatchError("the state was saved without a mirror; save it with a DFlashLlama. Nothing was changed")
+        snapshot.require_fit(self.mirror)
+        if len(state.input_ids) != len(self.input_ids):
+            raise SnapshotMismatchError(f"the state is of n_ctx {len(state.input_ids)}, this model has {len(self.input_ids)}; nothing was changed")
+        data = (ctypes.c_uint8 * state.llama_state_size).from_buffer_copy(state.llama_state)
+        if llama_cpp.llama_state_set_data(self.ctx, data, state.llama_state_size) != state.llama_state_size:
+            # llama.cpp may have taken a part: neither side may be trusted.
+            self.reset()
+            self._ctx.kv_cache_clear()
+            raise RuntimeError("llama.cpp did not take the saved state; the sequence was reset")
+        self.mirror.restore(snapshot)
+        if self._logits_all and len(state.scores):
+            self.scores[: len(state.scores)] = state.scores
+        self.input_ids = state.input_ids.copy()
+        self.n_tokens = state.n_tokens
+        self._requires_eval = True
+        self._seed = state.seed
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        state.pop("draft_model", None)
+        return {**state, "draft_path": self.draft_path, "feature_dtype": self.feature_dtype.value, **self._drafting}
+
+    # -------------------------------------------------------------------- steps
+
+    def _keep_prefix(self, tokens: list[int]) -> int:
+        """Cut the sequence back to the longest prefix that it shares with ``tokens``; at least one token is left to evaluate."""
+        shared = self.longest_token_prefix(self._input_ids.tolist(), tokens[:-1])
+        if shared == 0 or not self._ctx.kv_cache_seq_rm(SEQUENCE, shared, -1):
+            self.reset()
+            self._ctx.kv_cache_seq_rm(SEQUENCE, 0, -1)
+            return 0
+        self.mirror.truncate(shared)
+        self.n_tokens = shared
+        return shared
+
+    def _evaluate(self, tokens: Sequence[int]) -> None:
+        """Evaluate tokens after the sequence, keeping every position's logits; ``n_tokens`` is left to the caller."""
+        n_past = self.n_tokens
+        self._batch.set_batch(batch=tokens, n_past=n_past, logits_all=True)
+        self._ctx.decode(self._batch)
+        self.input_ids[n_past : n_past + len(tokens)] = tokens
+        if self._logits_all:
+            logits = np.ctypeslib.as_array(self._ctx.get_logits(), shape=(len(tokens) * self._n_vocab,))
+            self.scores[n_past : n_past + len(tokens), :].reshape(-1)[::] = logits
+        self._requires_eval = False
+
+
+class _Decoder:
+    """One call of ``generate``: which positions are evaluated, which of them are committed, and what is speculation."""
+
+    def __init__(self, llm: DFlashLlama, tokens: list[int], reset: bool) -> None:
+        self.llm = llm
+        self.stats = llm.stats = DraftStats()
+        self.row = -1  # of the next token's logits in the last evaluation
+        self.ahead: list[int] = []  # drafted tokens that are evaluated but not yet confirmed
+        self.speculating = False
+        self.proposed = self.confirmed = 0
+        self.base = 0  # first position of the last speculative evaluation
+        self.rows_ns = llm.mirror.times().write_ns
+        self.draft_times = llm.draft.times()
+        if not tokens:
+            raise ArgumentError("there are no tokens to generate from")
+        started = time.perf_counter()
+        self.stats.prompt_tokens = len(tokens)
+        if reset:
+            self.stats.prefix_reused = llm._keep_prefix(tokens)
+            tokens = tokens[self.stats.prefix_reused :]
+        llm.eval(tokens)
+        self.stats.prefill_s = time.perf_counter() - started
+
+    def sample(self) -> int:
+        started = time.perf_counter()
+        token: int = self.llm._sampler.sample(self.llm._ctx, self.row)
+        elapsed = time.perf_counter() - started
+        self.stats.sample_s += elapsed
+        if self.stats.tokens:
+            self.stats.decode_s += elapsed
+        self.stats.tokens += 1
+        return token
+
+    def feed(self, tokens: list[int]) -> None:
+        """Commit the sampled token (and any that the consumer sent) and have the next one's logits at ``row``."""
+        started = time.perf_counter()
+        try:
+            if self.ahead and tokens == self.ahead[:1]:
+                # The draft was right: this position is evaluated already.
+                self.ahead.pop(0)
+                self.llm.n_tokens += 1
+                self.row += 1
+                self.confirmed += 1
+                return
+            self._drop_speculation()
+            self._advance(tokens)
+        finally:
+            self.stats.decode_s += time.perf_counter() - started
+
+    def _advance(self, tokens: list[int]) -> None:
+        llm = self.llm
+        limit = llm.n_batch
+        while len(tokens) > limit:  # only a consumer that sends many tokens
+            llm.eval(tokens[:limit])
+            tokens = tokens[limit:]
+        drafted = self._draft(tokens) if len(tokens) == 1 else []
+        started = time.perf_counter()
+        if drafted:
+            llm._rollback.before_speculation()
+        self.base = llm.n_tokens
+        llm._evaluate([*tokens, *drafted])
+        self.stats.verify_s += time.perf_counter() - started
+        llm.n_tokens += len(tokens)
+        self.row = len(tokens) - 1
+        self.ahead, self.proposed, self.confirmed = drafted, len(drafted), 0
+        self.speculating = bool(drafted)
+        if not drafted:
+            self.stats.plain_steps += 1
+
+    def _draft(self, tokens: list[int]) -> list[int]:
+        llm = self.llm
+        room = min(llm.n_draft, llm._n_ctx - llm.n_tokens - 1, llm.n_batch - 1)
+        if room < 1:
+            return []
+        started = time.perf_counter()
+        drafted, context = llm.draft.step(llm.mirror, n_past=llm.n_tokens, last_token=tokens[-1], n_tokens=room)
+        self.stats.draft_s += time.perf_counter() - started
+        return drafted if context else []
+
+    def _drop_speculation(self) -> None:
+        """Close the last speculative evaluation: positions that were not confirmed never were."""
+        if not self.speculating:
+            return
+        self.speculating = False
+        self.stats.add_step(self.proposed, self.confirmed)
+        if self.ahead:
+            started = time.perf_counter()
+            self.ahead = []
+            self._cut_back()
+            self.stats.rollback_s += time.perf_counter() - started
+
+    def _cut_back(self) -> None:
+        llm = self.llm
+        keep = llm.n_tokens
+        again = llm._rollback.cut(keep, self.base)
+        llm.mirror.truncate(again)
+        if again < keep:
+            llm.n_tokens = again
+            llm._evaluate(llm.input_ids[again:keep].tolist())
+            llm.n_tokens = keep
+
+    def close(self) -> None:
+        """The consumer has stopped: leave the sequence as it was committed."""
+        llm = self.llm
+        if llm._ctx.ctx is not None and not llm.mirror.closed:
+            self._drop_speculation()
+            llm._requires_eval = True  # the last evaluation's logits are no longer those of the last position
+            self.stats.capture_s = (llm.mirror.times().write_ns - self.rows_ns) / 1e9
+            self.stats.read_s = (llm.draft.times().read_ns - self.draft_times.read_ns) / 1e9

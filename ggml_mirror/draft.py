@@ -1,0 +1,273 @@
+"""The draft: a DFlash GGUF of either family, checked against its target, and its native graph."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ._native import check, ffi, lib
+from .errors import ClosedError, DraftMismatchError, UnsupportedDraftError
+from .gguf_file import GgufFile
+from .mirror import FeatureMirror
+from .model_info import ModelInfo, default_taps
+
+_ROPE_SCALING = ("none", "linear")
+
+
+@dataclass(frozen=True)
+class DraftSpec:
+    """A draft's shape and conventions, the same for both families of files.
+
+    Attributes:
+        taps: 0-based blocks of the target whose *outputs* a row holds.
+        block_size: tokens in a block, the last committed one included.
+        swa_layers: draft layers with a sliding window of ``n_swa`` positions.
+        causal: attention inside the block looks back only.
+    """
+
+    path: Path
+    arch: str
+    name: str
+    taps: tuple[int, ...]
+    n_embd_target: int
+    block_size: int
+    mask_token: int
+    n_layer: int
+    n_embd: int
+    n_head: int
+    n_head_kv: int
+    head_dim: int
+    n_rot: int
+    rms_eps: float
+    rope_base: float
+    rope_scale: float
+    embedding_scale: float
+    attention_scale: float
+    attention_value_scale: float
+    gelu: bool
+    causal: bool
+    n_swa: int
+    swa_layers: tuple[int, ...]
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str], target: ModelInfo) -> DraftSpec:
+        """Read a draft's header and check it against its target; nothing is allocated.
+
+        Raises:
+            ModelFileError: missing, truncated or foreign file, or a key that is needed is absent.
+            UnsupportedDraftError: a DFlash2 or DSpark draft, or a feature that the graph does not have.
+            DraftMismatchError: a draft for another target; names both numbers.
+        """
+        info = ModelInfo.read(path)
+        if info.draft is None:
+            raise UnsupportedDraftError(
+                f"{path} is a {info.arch} model, not a DFlash draft (general.architecture dflash, qwen35-dflash-draft, "
+                "dflash-draft or gemma4-dflash-draft)"
+            )
+        file = GgufFile.read(path)
+        spec = cls._from(file, info, target)
+        spec._check(info, target)
+        return spec
+
+    @classmethod
+    def _from(cls, file: GgufFile, info: ModelInfo, target: ModelInfo) -> DraftSpec:
+        assert info.draft is not None
+        meta, arch = file.metadata, info.arch
+
+        def number(key: str, default: float | None = None) -> Any:
+            value = meta.get(f"{arch}.{key}", default)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise UnsupportedDraftError(f"{file.path}: {arch}.{key} is {value!r}, a number was expected")
+            return value
+
+        n_head = int(number("attention.head_count"))
+        head_dim = int(number("attention.key_length", info.n_embd // max(n_head, 1)))
+        scaling = meta.get(f"{arch}.rope.scaling.type", "none")
+        if scaling not in _ROPE_SCALING:
+            raise UnsupportedDraftError(f"{file.path}: rope scaling {scaling!r} is not supported in drafts; {_ROPE_SCALING} are")
+        factor = number("rope.scaling.factor", 1.0) if scaling == "linear" else 1.0
+        activation = meta.get(f"{arch}.hidden_activation", "silu")
+        if activation not in ("silu", "gelu", "gelu_pytorch_tanh"):
+            raise UnsupportedDraftError(f"{file.path}: activation {activation!r} is not supported; silu and gelu are")
+        n_swa = int(number("attention.sliding_window", 0))
+        pattern = meta.get(f"{arch}.attention.sliding_window_pattern")
+        windowed = range(info.n_layer) if pattern is None else [i for i, on in enumerate(pattern) if on]
+        taps = info.draft.taps
+        return cls(
+            path=file.path,
+            arch=arch,
+            name=info.name,
+            taps=default_taps(target.n_layer, info.draft.n_taps) if taps is None else taps,
+            n_embd_target=info.draft.row_width // info.draft.n_taps,
+            block_size=info.draft.block_size or 0,
+            mask_token=-1 if info.draft.mask_token_id is None else info.draft.mask_token_id,
+            n_layer=info.n_layer,
+            n_embd=info.n_embd,
+            n_head=n_head,
+            n_head_kv=int(number("attention.head_count_kv", n_head)),
+            head_dim=head_dim,
+            n_rot=int(number("rope.dimension_count", head_dim)),
+            rms_eps=float(number("attention.layer_norm_rms_epsilon")),
+            rope_base=float(number("rope.freq_base", 10000.0)),
+            rope_scale=1.0 / float(factor or 1.0),
+            embedding_scale=float(number("embedding_scale", 0.0)),
+            attention_scale=float(number("attention.scale", 0.0)),
+            attention_value_scale=float(number("attention.value_scale", 0.0)),
+            gelu=activation != "silu",
+            causal=bool(meta.get(f"{arch}.attention.causal", False)),
+            n_swa=n_swa,
+            swa_layers=tuple(windowed) if n_swa else (),
+        )
+
+    def _check(self, info: ModelInfo, target: ModelInfo) -> None:
+        def require(good: bool, message: str) -> None:
+            if not good:
+                raise DraftMismatchError(f"{self.path} does not fit {target.path.name}: {message}")
+
+        require(not target.is_draft, f"{target.path.name} is itself a draft")
+        require(
+            self.n_embd_target == target.n_embd,
+            f"it reads taps {self.n_embd_target} wide, the target's hidden state is {target.n_embd} wide",
+        )
+        beyond = [t for t in self.taps if t >= target.n_layer]
+        require(not beyond, f"it taps block {beyond[0] if beyond else 0}, the target has blocks 0 to {target.n_layer - 1}")
+        require(2 <= self.block_size <= 64, f"its block size is {self.block_size or 'not given'}; 2 to 64 is possible")
+        require(self.mask_token >= 0, "it names no mask token")
+        if target.n_vocab is not None:
+            require(self.mask_token < target.n_vocab, f"mask token {self.mask_token} is outside the target's {target.n_vocab} tokens")
+            if info.n_vocab is not None:
+                require(info.n_vocab == target.n_vocab, f"its vocabulary has {info.n_vocab} tokens, the target's {target.n_vocab}")
+
+
+@dataclass(frozen=True)
+class DraftBytes:
+    """Device bytes: weights, keys and values of the window, and scratch."""
+
+    weights: int
+    kv: int
+    compute: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.kv + self.compute
+
+
+@dataclass(frozen=True)
+class DraftTimes:
+    """Work of a draft since it was made, or :meth:`Draft.reset_times`; nanoseconds."""
+
+    steps: int
+    rows_projected: int
+    read_ns: int
+    project_ns: int
+    block_ns: int
+
+
+class Draft:
+    """A draft's weights and graphs on one device.
+
+    Args:
+        spec: what to load.
+        n_vocab: tokens of the target.
+        tok_embd, output: addresses of the target's own embedding and output matrix (0: the draft has its own).
+        device_index: device of the mirrors that it reads.
+        window: context rows that the draft attends to, at most.
+        n_threads: for host devices; 0 takes all cores.
+
+    Raises:
+        MirrorMemoryError, DeviceError, UnsupportedError, ArgumentError: as for a mirror.
+    """
+
+    def __init__(
+        self,
+        spec: DraftSpec,
+        *,
+        n_vocab: int,
+        tok_embd: int,
+        output: int,
+        device_index: int,
+        window: int,
+        n_threads: int = 0,
+    ) -> None:
+        self.spec, self.n_vocab, self.window = spec, n_vocab, window
+        self._handle: Any = None
+        params = draft_params(spec, n_vocab=n_vocab, device_index=device_index, window=window, n_threads=n_threads)
+        params.struct.tok_embd = ffi.cast("struct ggml_tensor *", tok_embd)
+        params.struct.output = ffi.cast("struct ggml_tensor *", output)
+        out = ffi.new("gm_draft **")
+        check(lib.gm_draft_new(params.struct, out))
+        self._handle = ffi.gc(out[0], lib.gm_draft_free)
+        self._tokens = ffi.new("int32_t[]", spec.block_size)
+        self._context = ffi.new("int64_t *")
+        self._last_rows = 0
+
+    def step(self, mirror: FeatureMirror, *, n_past: int, last_token: int, n_tokens: int) -> tuple[list[int], int]:
+        """Draft ``n_tokens`` tokens after ``last_token``, which is at position ``n_past``.
+
+        Returns:
+            The tokens, and how many context rows were attended to: the complete rows right before ``n_past``, up to the window.
+        """
+        check(lib.gm_draft_step(self._open(), mirror._open(), n_past, last_token, n_tokens, self._tokens, self._context))
+        self._last_rows = n_tokens + 1
+        return list(self._tokens[0:n_tokens]), int(self._context[0])
+
+    def logits(self) -> npt.NDArray[np.float32]:
+        """Logits of the last step, float32 ``[n_tokens + 1, n_vocab]``; row 0 is the last committed token's, row i predicts token i."""
+        out = np.empty((self._last_rows, self.n_vocab), np.float32)
+        check(lib.gm_draft_logits(self._open(), out.size, ffi.cast("float *", out.ctypes.data)))
+        return out
+
+    @property
+    def bytes(self) -> DraftBytes:
+        b = ffi.new("gm_draft_bytes *")
+        check(lib.gm_draft_get_bytes(self._open(), b))
+        return DraftBytes(b.weights, b.kv, b.compute)
+
+    def times(self) -> DraftTimes:
+        t = ffi.new("gm_draft_times *")
+        check(lib.gm_draft_get_times(self._open(), t))
+        return DraftTimes(t.steps, t.rows_projected, t.read_ns, t.project_ns, t.block_ns)
+
+    def reset_times(self) -> None:
+        check(lib.gm_draft_reset_times(self._open()))
+
+    def close(self) -> None:
+        self._handle = None
+
+    def _open(self) -> Any:
+        if self._handle is None:
+            raise ClosedError("this draft is closed")
+        return self._handle
+
+
+@dataclass(frozen=True)
+class _Params:
+    struct: Any
+    path: Any  # owns the C string that the struct points to
+
+
+def draft_params(spec: DraftSpec, *, n_vocab: int, device_index: int, window: int, n_threads: int = 0) -> _Params:
+    p = ffi.new("gm_draft_params *")
+    path = ffi.new("char[]", os.fsencode(spec.path))
+    p.path, p.device, p.n_threads = path, device_index, n_threads
+    for name in ("n_layer", "n_embd", "n_head", "n_head_kv", "head_dim", "n_rot", "n_embd_target", "block_size", "mask_token"):
+        setattr(p, name, getattr(spec, name))
+    for name in ("rms_eps", "rope_base", "rope_scale", "embedding_scale", "attention_scale", "attention_value_scale"):
+        setattr(p, name, getattr(spec, name))
+    p.n_taps, p.n_vocab = len(spec.taps), n_vocab
+    p.gelu, p.causal, p.n_swa = spec.gelu, spec.causal, spec.n_swa
+    p.swa_layers = sum(1 << il for il in spec.swa_layers)
+    p.window = window
+    return _Params(p, path)
+
+
+def draft_bytes(spec: DraftSpec, *, n_vocab: int, device_index: int, window: int) -> DraftBytes:
+    """The device bytes that a :class:`Draft` would allocate before its first step, without allocating."""
+    b = ffi.new("gm_draft_bytes *")
+    check(lib.gm_draft_size_of(draft_params(spec, n_vocab=n_vocab, device_index=device_index, window=window).struct, b))
+    return DraftBytes(b.weights, b.kv, b.compute)

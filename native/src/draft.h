@@ -1,0 +1,86 @@
+// The DFlash draft: rows of the mirror become keys and values of its window, and a block of noise becomes tokens.
+#pragma once
+
+#include "draft_weights.h"
+#include "mirror.h"
+
+#include "ggml-alloc.h"
+
+#include <map>
+#include <memory>
+#include <vector>
+
+struct gm_draft {
+  public:
+    explicit gm_draft(const gm_draft_params & params);
+
+    static gm_draft_bytes size_of(const gm_draft_params & params);
+
+    int64_t step(gm_mirror & mirror, int64_t n_past, int32_t last_token, int32_t n_tokens, int32_t * tokens);
+    void    logits(int64_t n_values, float * out);
+
+    gm_draft_bytes bytes() const;
+    gm_draft_times times{};
+
+  private:
+    // A graph whose tensors stay where they are, for as long as its shape is asked for.
+    struct Graph {
+        ggml_context_ptr ctx;
+        ggml_gallocr_ptr allocr;
+        ggml_cgraph *    graph = nullptr;
+        // inputs; null where a graph has no such input
+        ggml_tensor *    rows = nullptr;       // F32 [n_taps * n_embd_target, n]
+        ggml_tensor *    tokens = nullptr;     // I32 [n], or
+        ggml_tensor *    embeddings = nullptr; // F32 [n_embd, n]
+        ggml_tensor *    positions = nullptr;  // I32 [n]
+        ggml_tensor *    slots = nullptr;      // I64 [n]
+        ggml_tensor *    mask = nullptr;       // F16 [n_kv, n]
+        ggml_tensor *    mask_swa = nullptr;
+        // outputs
+        ggml_tensor *    hidden = nullptr;     // F32 [n_embd, n]
+        ggml_tensor *    logits = nullptr;     // F32 [n_vocab, n]
+        ggml_tensor *    argmax = nullptr;     // I32 [n]
+    };
+
+    struct Keys { ggml_tensor * k, * v; };  // F16 [n_head_kv * head_dim, kv_slots]
+
+    Graph   build_project(int64_t n, void * in_place, ggml_backend_buffer_t buffer);
+    Graph   build_block(int64_t n, int64_t n_kv);
+    Graph   build_head(int64_t n);
+    Graph & project_graph(int64_t n);
+    Graph & block_graph(int64_t n, int64_t n_kv);
+    Graph & head_graph(int64_t n);
+
+    void project_changed(gm_mirror & mirror, int64_t start, int64_t count);
+    void project(gm_mirror & mirror, int64_t start, int64_t count);
+    void fill_masks(const Graph & g, int64_t n, int64_t n_kv, int64_t context_start, int64_t n_past);
+    void set_embeddings(ggml_tensor * embeddings, const std::vector<int32_t> & tokens);
+    void start(Graph & g, ggml_backend_t backend);
+    void compute(const Graph & g, ggml_backend_t backend);
+
+    ggml_tensor * norm(ggml_context * ctx, ggml_tensor * x, ggml_tensor * weight) const;
+    ggml_tensor * rope(ggml_context * ctx, ggml_tensor * x, ggml_tensor * positions) const;
+    ggml_tensor * key(ggml_context * ctx, const gm::DraftLayer & l, ggml_tensor * x, ggml_tensor * positions) const;
+    ggml_tensor * value(ggml_context * ctx, const gm::DraftLayer & l, ggml_tensor * x) const;
+
+    const gm_draft_params params_;
+    ggml_backend_dev_t    device_;
+    ggml_backend_ptr      backend_;
+    gm::DraftWeights      weights_;
+    ggml_tensor *         tok_embd_;
+    ggml_tensor *         output_;
+    ggml_backend_ptr      head_backend_;  // where the output matrix lies, if not on the draft's device
+
+    ggml_context_ptr        kv_ctx_;
+    ggml_backend_buffer_ptr kv_buffer_;
+    std::vector<Keys>       kv_;
+    int64_t                 kv_slots_;
+    struct Slot { int64_t position = -1; uint64_t version = 0; };
+    std::vector<Slot>       slots_;       // whose keys each slot holds, and of which version of the row
+    uint64_t                source_ = 0;  // id of the mirror that the keys are of
+
+    std::map<int64_t, Graph>                     project_graphs_, head_graphs_;
+    std::map<std::pair<int64_t, int64_t>, Graph> block_graphs_;
+    std::vector<uint16_t>   mask_data_;
+    ggml_tensor *           last_logits_ = nullptr;
+};
