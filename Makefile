@@ -1,0 +1,58 @@
+# Everything from a fresh checkout: `make demo`, `make test`. Needs python3 (3.10 or newer, with venv), g++, cmake, make.
+#
+# The environment is brought up to date before each target; that takes part of a second when nothing changed.
+# llama-cpp-python is compiled once per machine and kept in $GGML_MIRROR_CACHE (~/.cache/ggml-mirror), as is the model.
+
+PYTHON ?= python3
+VENV ?= .venv
+MODEL =
+MARKERS = not gpu
+PYTEST_ARGS =
+
+py := $(VENV)/bin/python
+demo_target = $$($(py) scripts/setup/demo_target.py)
+
+MAKEFLAGS += --no-print-directory
+.DEFAULT_GOAL := help
+.PHONY: help env demo test lint sanitize clean
+
+help: ## List the targets and their variables
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /  make \1\t/' | expand -t 18
+	@echo
+	@echo 'Variables: PYTHON=python3  VENV=.venv  MODEL=FILE.gguf (demo)  PYTEST_ARGS="-k ring -x" (test, sanitize)'
+
+env: ## Create or update the virtual environment, with the package installed in place
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: pass PYTHON=")'
+	@$(PYTHON) scripts/setup/environment.py '$(VENV)'
+
+demo: env ## Probe a real model: bytes, noise and speed of every feature dtype (table, build/demo/probe.json, probe.png)
+	@mkdir -p build/demo
+	@set -e; model='$(MODEL)'; [ -n "$$model" ] || model="$(demo_target)"; \
+	$(VENV)/bin/ggml-mirror probe -m "$$model" --json build/demo/probe.json --plot build/demo/probe.png
+
+test: env ## Run all tests that need no GPU
+	@set -e; GGML_MIRROR_DEMO_TARGET="$(demo_target)"; export GGML_MIRROR_DEMO_TARGET; \
+	$(py) -m pytest -m '$(MARKERS)' $(PYTEST_ARGS)
+
+lint: env ## Check style (ruff) and types (mypy)
+	$(py) -m ruff check .
+	$(py) -m ruff format --check .
+	$(py) -m mypy ggml_mirror
+
+# The interpreter is not built with the sanitizers, so their runtimes are loaded before it. So is the C++ runtime: ASan
+# looks up __cxa_throw once, at start. PYTHONMALLOC gives every small buffer its own red zones.
+# pytest must leave file descriptor 2 and SIGSEGV alone, or the reports are lost.
+SANITIZE_PRELOAD = $(foreach lib,libasan.so libubsan.so libstdc++.so,$(shell $(CXX) -print-file-name=$(lib)))
+sanitize: env ## Run the mirror tests with the native library under ASan and UBSan
+	cmake -S . -B build/sanitize -DGM_SANITIZE=ON -DCMAKE_CXX_COMPILER=$(CXX) \
+		-DPython_EXECUTABLE="$$($(py) -c 'import sys; print(sys.executable)')"
+	cmake --build build/sanitize --parallel
+	@set -e; GGML_MIRROR_DEMO_TARGET="$(demo_target)"; export GGML_MIRROR_DEMO_TARGET; \
+	GGML_MIRROR_LIB='$(CURDIR)/build/sanitize/libggml_mirror.so' \
+	LD_PRELOAD="$(SANITIZE_PRELOAD)" PYTHONMALLOC=malloc \
+	ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	$(py) -m pytest tests/mirror -m 'not gpu and not slow' -p no:faulthandler --capture=sys $(PYTEST_ARGS)
+
+clean: ## Remove build products; environments and the cache stay
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find ggml_mirror scripts tests -name __pycache__ -type d -prune -exec rm -rf {} +
