@@ -1,0 +1,370 @@
+"""The command line.
+
+Commands import what they need when they run, so that --help is quick and doctor runs on a broken install.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+
+from . import errors
+from .output import STDOUT, check_writable, write_json
+
+if TYPE_CHECKING:
+    from .probe import Progress
+
+DEBUG_VARIABLE = "GGML_MIRROR_DEBUG"
+
+# Exit codes: 2 what was asked for cannot be, 3 it does not fit, 1 anything else.
+_BAD_INPUT = (
+    errors.ArgumentError,
+    errors.DtypeError,
+    errors.ShapeError,
+    errors.DeviceError,
+    errors.ModelFileError,
+    errors.SnapshotError,
+)
+
+app = typer.Typer(
+    name="ggml-mirror",
+    help="Feature mirrors for DFlash speculative decoding: what each ggml dtype costs, saves and distorts.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+JsonOption = Annotated[
+    str | None,
+    typer.Option(
+        "--json", metavar="[FILE]", help="Write JSON to FILE; without FILE to standard output, and nothing else."
+    ),
+]
+DtypesOption = Annotated[
+    str | None,
+    typer.Option(
+        "--dtypes", metavar="LIST", help="Comma-separated: f32,f16,bf16,q8_0,q5_1,q5_0,q4_1,q4_0,iq4_nl. Default: all."
+    ),
+]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from .doctor import package_version
+
+        print(f"ggml-mirror {package_version('ggml-mirror') or '(run from a checkout)'}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help=f"Tracebacks and llama.cpp's log, as with {DEBUG_VARIABLE}=1.")
+    ] = False,
+) -> None:
+    """Options that come before the command; :func:`main` has already acted on --debug."""
+
+
+@app.command(no_args_is_help=True)
+def probe(
+    model: Annotated[Path, typer.Option("-m", "--model", metavar="GGUF", help="The target model.")],
+    taps: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LIST", help="0-based blocks whose outputs are taken, as 1,8,14,20,27. Default: DFlash's five."
+        ),
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help='.txt: one a line; .jsonl: objects with "prompt". Default: a built-in set of 8.'
+        ),
+    ] = None,
+    dtypes: DtypesOption = None,
+    style: Annotated[str, typer.Option(help="raw, chat (the model's own template), or both.")] = "both",
+    n_predict: Annotated[
+        int, typer.Option("-n", "--n-predict", help="Tokens to generate after each prompt, greedily.")
+    ] = 32,
+    n_ctx: Annotated[
+        int | None,
+        typer.Option("-c", "--ctx-size", help="Context; 0: the model's. Default: the model's, at most 4096."),
+    ] = None,
+    n_batch: Annotated[int, typer.Option("-b", "--batch-size")] = 2048,
+    n_ubatch: Annotated[int, typer.Option("-ub", "--ubatch-size")] = 512,
+    n_threads: Annotated[int | None, typer.Option("-t", "--threads")] = None,
+    n_gpu_layers: Annotated[int, typer.Option("-ngl", "--gpu-layers", help="Blocks on the GPU; -1: all.")] = -1,
+    device: Annotated[
+        str, typer.Option(metavar="NAME", help="Where the mirrors are: cpu, auto (first GPU, else CPU), or as CUDA0.")
+    ] = "auto",
+    json: JsonOption = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="Memory against signal-to-noise; .png, .svg or .pdf.")
+    ] = None,
+) -> None:
+    """Measure every dtype on the features of a real model.
+
+    Runs prompts through the model, captures the outputs of the tapped blocks into one mirror per dtype, and reports
+    memory, signal-to-noise, outliers and time. No draft is needed.
+
+    [bold]Examples[/]
+
+    ggml-mirror probe -m model.gguf
+
+    ggml-mirror probe -m model.gguf --dtypes f32,bf16,q8_0 --plot probe.png --json probe.json
+
+    ggml-mirror probe -m model.gguf --prompts HumanEval.jsonl --style chat -ngl 99 --device CUDA0
+    """
+    _check_outputs(json, plot)
+    layers = None if taps is None else _integers(taps, "--taps")
+    _check_default_dtype()
+
+    from .probe import probe as run
+    from .prompts import DEFAULT_PROMPTS, read_prompts
+    from .report import make_console, print_probe
+
+    with _progress() as progress:
+        report = run(
+            model,
+            taps=layers,
+            prompts=DEFAULT_PROMPTS if prompts is None else read_prompts(prompts),
+            dtypes=_names(dtypes),
+            style=style,
+            n_predict=n_predict,
+            n_ctx=n_ctx,
+            n_batch=n_batch,
+            n_ubatch=n_ubatch,
+            n_threads=n_threads,
+            n_gpu_layers=n_gpu_layers,
+            device=device,
+            verbose=_debugging(),
+            progress=progress,
+        )
+    if json is not None:
+        write_json(report.to_json(), json)
+    if plot is not None:
+        from .plot import write_plot
+
+        write_plot(report, plot)
+    if json != STDOUT:
+        print_probe(report, make_console())
+        for path in (json, plot):
+            if path is not None:
+                print(f"wrote {path}")
+
+
+@app.command(no_args_is_help=True)
+def plan(
+    width: Annotated[int | None, typer.Option(help="Values in a row.")] = None,
+    taps: Annotated[
+        str | None, typer.Option(metavar="N|LIST", help="Taps: how many, or their layers as 1,8,14,20,27. Default: 5.")
+    ] = None,
+    n_embd: Annotated[int | None, typer.Option(help="Values in a tap.")] = None,
+    model: Annotated[
+        Path | None, typer.Option("-m", "--model", metavar="GGUF", help="Take n_embd and the context from a target.")
+    ] = None,
+    draft: Annotated[
+        Path | None,
+        typer.Option("-md", "--model-draft", metavar="GGUF", help="Take taps, n_embd and the context from a draft."),
+    ] = None,
+    cap: Annotated[
+        int | None, typer.Option(help="Rows that the mirror holds. Default: the model's context, else 4096.")
+    ] = None,
+    dtypes: DtypesOption = None,
+    budget: Annotated[
+        str | None, typer.Option(metavar="BYTES", help="As 8GiB: also give the most rows whose storage fits in it.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(metavar="NAME", help="Only this device. Default: all.")] = None,
+    json: JsonOption = None,
+) -> None:
+    """Exact bytes of a mirror per dtype, and which fit where.
+
+    [bold]Examples[/]
+
+    ggml-mirror plan --width 25600 --cap 262144
+
+    ggml-mirror plan --taps 5 --n-embd 5120 --budget 8GiB
+
+    ggml-mirror plan -m target.gguf
+
+    ggml-mirror plan -md draft.gguf --cap 4112 --json
+    """
+    _check_outputs(json)
+    _check_default_dtype()
+
+    from .plan import plan as make_plan
+    from .report import make_console, print_plan
+    from .row_source import row_source
+
+    count = None if taps is None else _tap_count(taps)
+    row = row_source(width=width, taps=count, n_embd=n_embd, model=model, draft=draft, cap=cap)
+    made = make_plan(
+        width=row.width,
+        taps=row.taps,
+        n_embd=row.n_embd,
+        cap=row.cap,
+        dtypes=_names(dtypes),
+        device=device,
+        budget=budget,
+    )
+    if json is not None:
+        write_json(made.to_json(), json)
+    if json != STDOUT:
+        print_plan(made, make_console(), source=row.source)
+
+
+@app.command()
+def doctor(json: JsonOption = None) -> None:
+    """Versions, devices, memory, what each device supports, and what is wrong. Exit code 1 if something is.
+
+    [bold]Examples[/]
+
+    ggml-mirror doctor
+
+    ggml-mirror doctor --json
+    """
+    _check_outputs(json)
+
+    from .doctor import diagnose
+    from .report import make_console, print_doctor
+
+    diagnosis = diagnose()
+    if json is not None:
+        write_json(diagnosis.to_json(), json)
+    if json != STDOUT:
+        print_doctor(diagnosis, make_console())
+    if diagnosis.problems:
+        raise typer.Exit(1)
+
+
+@app.command(no_args_is_help=True)
+def snapshot(
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="A snapshot, as FeatureMirror.snapshot().save() writes it.")
+    ],
+    json: JsonOption = None,
+) -> None:
+    """Print the header of a mirror snapshot.
+
+    [bold]Example[/]
+
+    ggml-mirror snapshot features.safetensors
+    """
+    _check_outputs(json)
+
+    from .report import make_console, print_header
+    from .snapshot import read_header
+
+    header = read_header(file)
+    if json is not None:
+        write_json(header, json)
+    if json != STDOUT:
+        print_header(str(file), header, make_console())
+
+
+def _integers(text: str, option: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise errors.ArgumentError(f"{option} {text}: whole numbers with commas between them were expected") from None
+
+
+def _tap_count(text: str) -> int:
+    # One number is a count; several are layers.
+    numbers = _integers(text, "--taps")
+    return numbers[0] if len(numbers) == 1 else len(numbers)
+
+
+def _names(text: str | None) -> list[str] | None:
+    return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _check_outputs(json: str | None, plot: Path | None = None) -> None:
+    if json is not None:
+        check_writable(json)
+    if plot is not None:
+        from .plot import check_plot
+
+        check_plot(plot)
+
+
+def _check_default_dtype() -> None:
+    # These commands compare all dtypes, so the default chooses nothing here; a typo in it is still worth an error now.
+    from .dtype import FeatureDtype
+
+    FeatureDtype.default()
+
+
+def _debugging() -> bool:
+    return os.environ.get(DEBUG_VARIABLE, "") not in ("", "0")
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    """A bar on standard error, if that is a terminal."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    from .report import make_console
+
+    console = make_console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("loading the model", total=None)
+        yield lambda done, total, what: bar.update(task, completed=done, total=total, description=what)
+
+
+def normalise(arguments: Sequence[str]) -> list[str]:
+    """Give a bare ``--json`` the value ``-``: the parser knows no option whose value may be left out."""
+    out: list[str] = []
+    for index, argument in enumerate(arguments):
+        if argument == "--":
+            return out + list(arguments[index:])
+        out.append(argument)
+        if argument == "--json":
+            following = arguments[index + 1] if index + 1 < len(arguments) else "--"
+            if following.startswith("-") and following != STDOUT:
+                out.append(STDOUT)
+    return out
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """The ``ggml-mirror`` command. Ends the process: 0 done, 1 failed, 2 bad input, 3 out of memory."""
+    given = normalise(sys.argv[1:] if arguments is None else arguments)
+    if "--debug" in given:  # anywhere, also behind the command
+        given.remove("--debug")
+        os.environ[DEBUG_VARIABLE] = "1"
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # an infinity sign must not kill a report on an ASCII terminal
+    try:
+        app(given, prog_name="ggml-mirror")
+    except Exception as error:
+        if _debugging():
+            raise
+        known = isinstance(error, errors.GgmlMirrorError)
+        _fail(str(error) if known else f"unexpected {type(error).__name__}: {error} (--debug shows where)")
+        sys.exit(_exit_code(error))
+    sys.exit(0)
+
+
+def _exit_code(error: Exception) -> int:
+    if isinstance(error, MemoryError):
+        return 3
+    return 2 if isinstance(error, _BAD_INPUT) else 1
+
+
+def _fail(message: str) -> None:
+    colour = sys.stderr.isatty() and "NO_COLOR" not in os.environ
+    label = "\033[31merror:\033[0m" if colour else "error:"
+    print(f"{label} {' '.join(message.split())}", file=sys.stderr)

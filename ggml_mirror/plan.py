@@ -1,0 +1,262 @@
+"""How many bytes a mirror takes, before one is made: exact, per dtype and device.
+
+Every figure comes from :func:`ggml_mirror.mirror.mirror_size`, the function that the allocator itself uses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from .byte_size import format_bytes, parse_bytes
+from .device import Device, devices, find_device
+from .dtype import FeatureDtype
+from .errors import ArgumentError, ShapeError
+from .mirror import MirrorSize, mirror_size
+
+__all__ = [
+    "MAX_CAP",
+    "DevicePlan",
+    "DtypeFit",
+    "DtypePlan",
+    "Plan",
+    "device_bytes",
+    "fitting_dtypes",
+    "format_bytes",
+    "largest_cap",
+    "parse_bytes",
+    "plan",
+    "usable_dtypes",
+]
+
+
+#: Most slots that a mirror can have, however small its rows.
+MAX_CAP = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class DtypeFit:
+    """One dtype on one device.
+
+    Attributes:
+        bytes: what the mirror would allocate from this device's memory.
+        fits: ``bytes`` is not more than the device has free.
+        supported: the device can both capture rows into this dtype and read them back.
+        max_cap: largest ``cap`` whose bytes fit into what is free.
+    """
+
+    bytes: int
+    fits: bool
+    supported: bool
+    max_cap: int
+
+
+@dataclass(frozen=True)
+class DevicePlan:
+    """A device, its memory in bytes, and each planned dtype on it."""
+
+    name: str
+    description: str
+    memory_free: int
+    memory_total: int
+    dtypes: dict[FeatureDtype, DtypeFit]
+
+    @property
+    def fitting(self) -> tuple[FeatureDtype, ...]:
+        """The dtypes that fit and are supported, most precise first."""
+        return tuple(d for d, fit in self.dtypes.items() if fit.fits and fit.supported)
+
+
+@dataclass(frozen=True)
+class DtypePlan:
+    """One dtype, whatever the device.
+
+    Attributes:
+        row_bytes: one stored row.
+        ring_bytes: ``cap`` stored rows.
+        max_cap: largest ``cap`` whose ring fits into the budget; None without a budget.
+    """
+
+    dtype: FeatureDtype
+    row_bytes: int
+    ring_bytes: int
+    max_cap: int | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What :func:`plan` found."""
+
+    taps: int
+    n_embd: int
+    cap: int
+    budget: int | None
+    dtypes: tuple[DtypePlan, ...]
+    devices: tuple[DevicePlan, ...]
+    rows: str = "raw"  # what a row is: the taps' features as captured
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def width(self) -> int:
+        return self.taps * self.n_embd
+
+    def __getitem__(self, dtype: str | FeatureDtype) -> DtypePlan:
+        wanted = FeatureDtype.parse(dtype)
+        for entry in self.dtypes:
+            if entry.dtype is wanted:
+                return entry
+        raise KeyError(f"{wanted} is not in this plan; it has {', '.join(e.dtype.value for e in self.dtypes)}")
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON-ready values; all sizes in bytes."""
+        return {
+            "rows": self.rows,
+            "taps": self.taps,
+            "n_embd": self.n_embd,
+            "width": self.width,
+            "cap": self.cap,
+            "budget_bytes": self.budget,
+            "dtypes": {
+                e.dtype.value: {"row_bytes": e.row_bytes, "ring_bytes": e.ring_bytes, "max_cap_in_budget": e.max_cap}
+                for e in self.dtypes
+            },
+            "devices": [
+                {
+                    "name": d.name,
+                    "description": d.description,
+                    "memory_free": d.memory_free,
+                    "memory_total": d.memory_total,
+                    "fitting_dtypes": [x.value for x in d.fitting],
+                    "dtypes": {
+                        x.value: {"bytes": f.bytes, "fits": f.fits, "supported": f.supported, "max_cap": f.max_cap}
+                        for x, f in d.dtypes.items()
+                    },
+                }
+                for d in self.devices
+            ],
+            "notes": list(self.notes),
+        }
+
+
+def plan(
+    *,
+    cap: int,
+    width: int | None = None,
+    taps: int | None = None,
+    n_embd: int | None = None,
+    dtypes: Sequence[str | FeatureDtype] | None = None,
+    device: str | None = None,
+    budget: int | str | None = None,
+) -> Plan:
+    """The bytes of a mirror of ``cap`` rows in each dtype, and where it fits.
+
+    >>> plan(width=25600, cap=262144)["q8_0"].ring_bytes
+    7130316800
+
+    Args:
+        cap: slots.
+        width: values in a row; or give ``taps`` and ``n_embd``, whose product it is. A width alone counts as one tap.
+        dtypes: those to plan for. Default: all, less those whose block size does not divide a tap (see ``notes``).
+        device: ggml device name or "auto"; default: every device.
+        budget: bytes, or text such as "8GiB": find the largest ``cap`` per dtype whose ring fits in it.
+
+    Raises:
+        ArgumentError: numbers out of range, or a row that is not determined or contradicts itself.
+        ShapeError: a dtype that was asked for whose block size does not divide a tap.
+        DtypeError, DeviceError: unknown names.
+    """
+    taps, n_embd = _row_shape(width, taps, n_embd)
+    limit = parse_bytes(budget) if isinstance(budget, str) else budget
+    if limit is not None and limit < 0:
+        raise ArgumentError(f"budget = {limit} bytes; it cannot be negative")
+    chosen, notes = usable_dtypes(n_embd, dtypes)
+    entries = []
+    for dtype in chosen:
+        size = mirror_size(taps, n_embd, cap, dtype)
+        max_cap = None if limit is None else min(limit // size.row, MAX_CAP)
+        entries.append(DtypePlan(dtype, size.row, size.ring, max_cap))
+    where = devices() if device is None else [find_device(device)]
+    on = tuple(_on_device(d, taps, n_embd, cap, chosen) for d in where)
+    return Plan(taps, n_embd, cap, limit, tuple(entries), on, notes=notes)
+
+
+def usable_dtypes(
+    n_embd: int, dtypes: Iterable[str | FeatureDtype] | None
+) -> tuple[tuple[FeatureDtype, ...], tuple[str, ...]]:
+    """The dtypes to work with for taps of ``n_embd`` values, without repeats, and notes on those left out.
+
+    Raises:
+        ShapeError: a dtype that was asked for has a block size that does not divide ``n_embd``.
+        ArgumentError: an empty list.
+    """
+    asked = dtypes is not None
+    wanted = list(dict.fromkeys(FeatureDtype.parse(d) for d in (dtypes if dtypes is not None else FeatureDtype)))
+    if not wanted:
+        raise ArgumentError(f"no dtype was given; use one or more of {', '.join(d.value for d in FeatureDtype)}")
+    good = tuple(d for d in wanted if n_embd % d.block_size == 0)
+    bad = [d for d in wanted if d not in good]
+    if bad and asked:
+        works = ", ".join(d.value for d in FeatureDtype if n_embd % d.block_size == 0)
+        raise ShapeError(
+            f"a tap of {n_embd} values is not a multiple of {bad[0]}'s block of {bad[0].block_size}; use one of {works}"
+        )
+    if not bad:
+        return good, ()
+    names = ", ".join(d.value for d in bad)
+    return good, (f"left out {names}: blocks of {bad[0].block_size} values do not divide a tap of {n_embd}",)
+
+
+def device_bytes(size: MirrorSize, device: Device) -> int:
+    """What a mirror of this size takes from the memory of the device that holds it, as the allocator counts it."""
+    return size.ring + size.staging + (size.bookkeeping if device.is_host else 0)
+
+
+def largest_cap(taps: int, n_embd: int, dtype: str | FeatureDtype, bytes_free: int, device: Device) -> int:
+    """The largest ``cap`` at which a mirror takes at most ``bytes_free`` of the device's memory; 0: none."""
+    # The ring alone bounds it from above; scratch and bookkeeping grow with cap, so bisect.
+    low, high = 0, min(max(bytes_free, 0) // mirror_size(taps, n_embd, 1, dtype, device.index).row, MAX_CAP)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if device_bytes(mirror_size(taps, n_embd, middle, dtype, device.index), device) <= bytes_free:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def fitting_dtypes(taps: int, n_embd: int, cap: int, bytes_free: int, device: Device) -> tuple[FeatureDtype, ...]:
+    """The dtypes that the device supports and in which ``cap`` rows fit into ``bytes_free``, most precise first."""
+    dtypes, _ = usable_dtypes(n_embd, None)
+    plans = {d: _fit(d, taps, n_embd, cap, bytes_free, device) for d in dtypes}
+    return tuple(d for d, fit in plans.items() if fit.fits and fit.supported)
+
+
+def _row_shape(width: int | None, taps: int | None, n_embd: int | None) -> tuple[int, int]:
+    given = f"width={width}, taps={taps}, n_embd={n_embd}"
+    for value in (width, taps, n_embd):
+        if value is not None and value < 1:
+            raise ArgumentError(f"a row of {given} is empty")
+    if width is None:
+        if taps is None or n_embd is None:
+            raise ArgumentError(f"give width, or taps and n_embd (got {given})")
+        return taps, n_embd
+    if taps is None and n_embd is None:
+        return 1, width
+    taps = taps if taps is not None else width // (n_embd or 1)
+    n_embd = n_embd if n_embd is not None else width // taps
+    if taps * n_embd != width:
+        raise ArgumentError(f"a row of {width} values does not divide into the taps that were given ({given})")
+    return taps, n_embd
+
+
+def _on_device(device: Device, taps: int, n_embd: int, cap: int, dtypes: Sequence[FeatureDtype]) -> DevicePlan:
+    fits = {d: _fit(d, taps, n_embd, cap, device.memory_free, device) for d in dtypes}
+    return DevicePlan(device.name, device.description, device.memory_free, device.memory_total, fits)
+
+
+def _fit(dtype: FeatureDtype, taps: int, n_embd: int, cap: int, bytes_free: int, device: Device) -> DtypeFit:
+    size = device_bytes(mirror_size(taps, n_embd, cap, dtype, device.index), device)
+    support = device.supports(dtype)
+    max_cap = largest_cap(taps, n_embd, dtype, bytes_free, device)
+    return DtypeFit(size, size <= bytes_free, support.capture and support.read, max_cap)
