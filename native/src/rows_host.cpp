@@ -1,6 +1,7 @@
 #include "rows_host.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cfloat>
 #include <cmath>
 #include <cstring>
@@ -110,17 +111,19 @@ HostThreads::HostThreads(int n_threads) : n_threads_(resolve(n_threads)) {
 }
 
 namespace {
-struct Slices {
+// Work in small pieces, taken by whichever thread is free: a thread that was put to sleep does not hold up its share.
+struct Pieces {
     const std::function<void(int64_t, int64_t)> * body;
-    int64_t                                       n;
+    int64_t                                       n, piece;
+    std::atomic<int64_t>                          next{ 0 };
 };
 
-// A ggml custom op: each thread of the backend takes one slice. Bodies do not throw.
-void run_slice(ggml_tensor *, int ith, int nth, void * user_data) {
-    const auto &  slices = *static_cast<const Slices *>(user_data);
-    const int64_t first  = slices.n * ith / nth;
-    const int64_t last   = slices.n * (ith + 1) / nth;
-    if (first < last) (*slices.body)(first, last);
+// A ggml custom op. Bodies do not throw.
+void run_pieces(ggml_tensor *, int, int, void * user_data) {
+    auto & pieces = *static_cast<Pieces *>(user_data);
+    for (int64_t first; (first = pieces.next.fetch_add(pieces.piece)) < pieces.n;) {
+        (*pieces.body)(first, std::min(first + pieces.piece, pieces.n));
+    }
 }
 } // namespace
 
@@ -130,11 +133,14 @@ void HostThreads::run(int64_t n, uint64_t bytes, const std::function<void(int64_
         return;
     }
     // Using ggml's own pool keeps the thread count of the process as the user set it.
-    Slices                  slices{ &body, n };
+    Pieces pieces;
+    pieces.body  = &body;
+    pieces.n     = n;
+    pieces.piece = std::max<int64_t>(1, n / (8 * n_threads_));
     const ggml_init_params  params{ 4096 + ggml_graph_overhead_custom(8, false), nullptr, false };
     ggml_context_ptr        ctx(ggml_init(params));
     if (!ctx) throw error(GM_ERR_MEMORY, "out of host memory for a compute graph");
-    ggml_tensor * op = ggml_custom_4d(ctx.get(), GGML_TYPE_F32, 1, 1, 1, 1, nullptr, 0, run_slice, GGML_N_TASKS_MAX, &slices);
+    ggml_tensor * op = ggml_custom_4d(ctx.get(), GGML_TYPE_F32, 1, 1, 1, 1, nullptr, 0, run_pieces, GGML_N_TASKS_MAX, &pieces);
     ggml_cgraph * graph = ggml_new_graph_custom(ctx.get(), 8, false);
     ggml_build_forward_expand(graph, op);
     if (ggml_backend_graph_compute(backend_.get(), graph) != GGML_STATUS_SUCCESS) {
