@@ -1,19 +1,11 @@
 """A dtype-aware feature mirror for DFlash speculative decoding on ggml."""
 
-from ._native import lib as _lib
-from ._native import text as _text
-from .capture import capture
-from .device import Device, devices, find_device
-from .dtype import FeatureDtype, row_bytes
-from .errors import GgmlMirrorError
-from .fingerprint import fingerprint
-from .mirror import FeatureMirror
-from .plan import plan
-from .snapshot import Snapshot
-
-__version__: str = _text(_lib.gm_version())
+import sys
+from pathlib import Path
+from typing import Any
 
 __all__ = [
+    "DFlashLlama",
     "Device",
     "FeatureDtype",
     "FeatureMirror",
@@ -27,3 +19,26 @@ __all__ = [
     "plan",
     "row_bytes",
 ]
+
+try:
+    from ._native import lib as _lib
+    from ._native import text as _text
+    from .capture import capture
+    from .device import Device, devices, find_device
+    from .dflash import DFlashLlama
+    from .dtype import FeatureDtype, row_bytes
+    from .errors import GgmlMirrorError
+    from .fingerprint import fingerprint
+    from .mirror import FeatureMirror
+    from .plan import plan
+    from .snapshot import Snapshot
+
+    __version__: str = _text(_lib.gm_version())
+except ImportError as _error:
+    # A broken install is an error at import, with one exception: `ggml-mirror doctor` is there to say what is broken.
+    if not (Path(sys.argv[0]).stem == "ggml-mirror" and sys.argv[1:2] == ["doctor"]):
+        raise
+    _reason = _error
+
+    def __getattr__(name: str) -> Any:
+        raise _reason if name in __all__ else AttributeError(f"module {__name__!r} has no attribute {name!r}")
