@@ -31,7 +31,9 @@ _ATTRIBUTE = "_ggml_mirror_capture"
 
 
 @contextmanager
-def capture(llm: Llama, mirror: FeatureMirror | Sequence[FeatureMirror], taps: Sequence[int] | None = None) -> Iterator[None]:
+def capture(
+    llm: Llama, mirror: FeatureMirror | Sequence[FeatureMirror], taps: Sequence[int] | None = None
+) -> Iterator[None]:
     """Send the outputs of blocks ``taps`` to ``mirror`` (or to each of several) whenever ``llm`` evaluates tokens.
 
     Each evaluation first forgets rows at and after its first position, so that the mirror follows the sequence through resets
@@ -116,7 +118,9 @@ class Hook:
             llama_cpp.llama_batch_free(batch)
             check(lib.gm_capture_detach(self.handle))
         if status != 0:
-            raise CaptureError(f"the model does not evaluate tokens (llama_decode returned {status}); capture needs a decoder")
+            raise CaptureError(
+                f"the model does not evaluate tokens (llama_decode returned {status}); capture needs a decoder"
+            )
         memory = llama_cpp.llama_get_memory(ctx)
         if memory is not None:
             llama_cpp.llama_memory_clear(memory, True)
@@ -133,14 +137,18 @@ class Hook:
         """The device on which the model's output matrix lies."""
         index = ffi.new("int32_t *")
         check(lib.gm_tensor_device(ffi.cast("struct ggml_tensor *", self.output), index))
-        return devices()[index[0]]
+        return devices()[int(index[0])]
 
     def require(self, layers: Sequence[int], n_embd: int) -> None:
         """Every tap exists, has the mirror's width, and gives a row per token."""
         for layer in layers:
             width, rows = self.found.get(layer, (0, 0))
             if not width:
-                known = f"blocks with a named output: {_spans(self.found)}" if self.found else "its graph names no block outputs (l_out)"
+                known = (
+                    f"blocks with a named output: {_spans(self.found)}"
+                    if self.found
+                    else "its graph names no block outputs (l_out)"
+                )
                 raise CaptureError(f"the model has no output of block {layer} to tap; {known}")
             if width != n_embd:
                 raise CaptureError(f"the output of block {layer} is {width} wide, the mirror's n_embd is {n_embd}")
@@ -152,9 +160,15 @@ class Hook:
     @contextmanager
     def attached(self, layers: Sequence[int], mirrors: Sequence[FeatureMirror]) -> Iterator[None]:
         if self.busy:
-            raise CaptureError("this model is already being captured; leave that capture first, or give it several mirrors")
+            raise CaptureError(
+                "this model is already being captured; leave that capture first, or give it several mirrors"
+            )
         handles = [m._open() for m in mirrors]  # also keeps the rings alive while they are attached
-        check(lib.gm_capture_attach(self.handle, len(layers), ffi.new("int32_t[]", layers), len(handles), ffi.new("gm_mirror *[]", handles)))
+        check(
+            lib.gm_capture_attach(
+                self.handle, len(layers), ffi.new("int32_t[]", layers), len(handles), ffi.new("gm_mirror *[]", handles)
+            )
+        )
         self.busy = True
         followed = {
             "decode": self._decode,
@@ -188,7 +202,6 @@ class Hook:
             lib.gm_capture_end(self.handle)
             raise
         check(lib.gm_capture_end(self.handle))
-
 
     # The mirrors follow what is done to the captured sequence's cells, too.
 
@@ -282,7 +295,7 @@ def _remake_context(llm: Llama, hook: Hook) -> None:
         if context.ctx is not None:
             context.memory = llama_cpp.llama_get_memory(context.ctx)
             if llm._lora_adapter is not None:
-                adapters = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(llm._lora_adapter)
+                adapters: Any = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(llm._lora_adapter)  # type: ignore[misc]
                 llama_cpp.llama_set_adapters_lora(context.ctx, adapters, 1, (ctypes.c_float * 1)(llm.lora_scale))
             if state is not None:
                 llama_cpp.llama_state_set_data(context.ctx, state, len(state))

@@ -33,9 +33,14 @@ class Device:
     memory_free: int
     memory_total: int
 
-    def supports(self, dtype: str | FeatureDtype) -> Support:
+    def supports(self, dtype: str | FeatureDtype, *, taps: int = 1, n_embd: int = 0) -> Support:
+        """Support for rows of ``taps`` x ``n_embd``; without ``n_embd``, for rows of any width.
+
+        (Some kernels want more than whole blocks: CUDA reads iq4_nl in rows of a multiple of 256 values.)
+        """
         capture, read = ffi.new("bool *"), ffi.new("bool *")
-        check(lib.gm_device_supports(self.index, FeatureDtype.parse(dtype).ggml_type, capture, read))
+        number = FeatureDtype.parse(dtype).ggml_type
+        check(lib.gm_device_supports(self.index, number, n_embd, taps * n_embd, capture, read))
         return Support(bool(capture[0]), bool(read[0]))
 
 

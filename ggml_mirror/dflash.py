@@ -99,12 +99,16 @@ class DFlashLlama(Llama):
     def _start_drafting(self, draft_window: int | None, draft_device: str) -> None:
         block = self.draft_spec.block_size
         if self.n_batch < self.n_draft + 1:
-            raise ArgumentError(f"n_batch is {self.n_batch}; verifying {self.n_draft} drafted tokens needs {self.n_draft + 1}")
+            raise ArgumentError(
+                f"n_batch is {self.n_batch}; verifying {self.n_draft} drafted tokens needs {self.n_draft + 1}"
+            )
         if wants_snapshots(self):
             self.context_params.n_rs_seq = block
         hook = prepare(self)
         device = find_device(draft_device) if draft_device != "auto" else hook.output_device()
-        self.draft_window = min(self.n_ctx(), DEFAULT_WINDOW) if draft_window is None else min(draft_window, self.n_ctx())
+        self.draft_window = (
+            min(self.n_ctx(), DEFAULT_WINDOW) if draft_window is None else min(draft_window, self.n_ctx())
+        )
         spec = self.draft_spec
         self.mirror = self._stack.enter_context(
             FeatureMirror(
@@ -135,7 +139,7 @@ class DFlashLlama(Llama):
 
     # ------------------------------------------------------------------ decoding
 
-    def generate(  # type: ignore[override]
+    def generate(
         self,
         tokens: Sequence[int],
         top_k: int = 40,
@@ -223,10 +227,14 @@ class DFlashLlama(Llama):
         """
         snapshot = getattr(state, "mirror", None)
         if not isinstance(snapshot, Snapshot):
-            raise SnapshotMismatchError("the state was saved without a mirror; save it with a DFlashLlama. Nothing was changed")
+            raise SnapshotMismatchError(
+                "the state was saved without a mirror; save it with a DFlashLlama. Nothing was changed"
+            )
         snapshot.require_fit(self.mirror)
         if len(state.input_ids) != len(self.input_ids):
-            raise SnapshotMismatchError(f"the state is of n_ctx {len(state.input_ids)}, this model has {len(self.input_ids)}; nothing was changed")
+            raise SnapshotMismatchError(
+                f"the state is of n_ctx {len(state.input_ids)}, this model has {len(self.input_ids)}; nothing was changed"
+            )
         data = (ctypes.c_uint8 * state.llama_state_size).from_buffer_copy(state.llama_state)
         if llama_cpp.llama_state_set_data(self.ctx, data, state.llama_state_size) != state.llama_state_size:
             # llama.cpp may have taken a part: neither side may be trusted.
@@ -250,7 +258,7 @@ class DFlashLlama(Llama):
 
     def _keep_prefix(self, tokens: list[int]) -> int:
         """Cut the sequence back to the longest prefix that it shares with ``tokens``; at least one token is left to evaluate."""
-        shared = self.longest_token_prefix(self._input_ids.tolist(), tokens[:-1])
+        shared: int = self.longest_token_prefix(self._input_ids.tolist(), tokens[:-1])
         if shared == 0 or not self._ctx.kv_cache_seq_rm(SEQUENCE, shared, -1):
             self.reset()
             self._ctx.kv_cache_seq_rm(SEQUENCE, 0, -1)
@@ -277,6 +285,7 @@ class _Decoder:
     def __init__(self, llm: DFlashLlama, tokens: list[int], reset: bool) -> None:
         self.llm = llm
         self.stats = llm.stats = DraftStats()
+        self.sampler: Any = llm._sampler
         self.row = -1  # of the next token's logits in the last evaluation
         self.ahead: list[int] = []  # drafted tokens that are evaluated but not yet confirmed
         self.speculating = False
@@ -296,7 +305,7 @@ class _Decoder:
 
     def sample(self) -> int:
         started = time.perf_counter()
-        token: int = self.llm._sampler.sample(self.llm._ctx, self.row)
+        token: int = self.sampler.sample(self.llm._ctx, self.row)
         elapsed = time.perf_counter() - started
         self.stats.sample_s += elapsed
         if self.stats.tokens:

@@ -89,7 +89,9 @@ class DraftSpec:
         head_dim = int(number("attention.key_length", info.n_embd // max(n_head, 1)))
         scaling = meta.get(f"{arch}.rope.scaling.type", "none")
         if scaling not in _ROPE_SCALING:
-            raise UnsupportedDraftError(f"{file.path}: rope scaling {scaling!r} is not supported in drafts; {_ROPE_SCALING} are")
+            raise UnsupportedDraftError(
+                f"{file.path}: rope scaling {scaling!r} is not supported in drafts; {_ROPE_SCALING} are"
+            )
         factor = number("rope.scaling.factor", 1.0) if scaling == "linear" else 1.0
         activation = meta.get(f"{arch}.hidden_activation", "silu")
         if activation not in ("silu", "gelu", "gelu_pytorch_tanh"):
@@ -135,13 +137,21 @@ class DraftSpec:
             f"it reads taps {self.n_embd_target} wide, the target's hidden state is {target.n_embd} wide",
         )
         beyond = [t for t in self.taps if t >= target.n_layer]
-        require(not beyond, f"it taps block {beyond[0] if beyond else 0}, the target has blocks 0 to {target.n_layer - 1}")
+        require(
+            not beyond, f"it taps block {beyond[0] if beyond else 0}, the target has blocks 0 to {target.n_layer - 1}"
+        )
         require(2 <= self.block_size <= 64, f"its block size is {self.block_size or 'not given'}; 2 to 64 is possible")
         require(self.mask_token >= 0, "it names no mask token")
         if target.n_vocab is not None:
-            require(self.mask_token < target.n_vocab, f"mask token {self.mask_token} is outside the target's {target.n_vocab} tokens")
+            require(
+                self.mask_token < target.n_vocab,
+                f"mask token {self.mask_token} is outside the target's {target.n_vocab} tokens",
+            )
             if info.n_vocab is not None:
-                require(info.n_vocab == target.n_vocab, f"its vocabulary has {info.n_vocab} tokens, the target's {target.n_vocab}")
+                require(
+                    info.n_vocab == target.n_vocab,
+                    f"its vocabulary has {info.n_vocab} tokens, the target's {target.n_vocab}",
+                )
 
 
 @dataclass(frozen=True)
@@ -212,7 +222,9 @@ class Draft:
         Returns:
             The tokens, and how many context rows were attended to: the complete rows right before ``n_past``, up to the window.
         """
-        check(lib.gm_draft_step(self._open(), mirror._open(), n_past, last_token, n_tokens, self._tokens, self._context))
+        check(
+            lib.gm_draft_step(self._open(), mirror._open(), n_past, last_token, n_tokens, self._tokens, self._context)
+        )
         self._last_rows = n_tokens + 1
         return list(self._tokens[0:n_tokens]), int(self._context[0])
 
@@ -255,7 +267,17 @@ def draft_params(spec: DraftSpec, *, n_vocab: int, device_index: int, window: in
     p = ffi.new("gm_draft_params *")
     path = ffi.new("char[]", os.fsencode(spec.path))
     p.path, p.device, p.n_threads = path, device_index, n_threads
-    for name in ("n_layer", "n_embd", "n_head", "n_head_kv", "head_dim", "n_rot", "n_embd_target", "block_size", "mask_token"):
+    for name in (
+        "n_layer",
+        "n_embd",
+        "n_head",
+        "n_head_kv",
+        "head_dim",
+        "n_rot",
+        "n_embd_target",
+        "block_size",
+        "mask_token",
+    ):
         setattr(p, name, getattr(spec, name))
     for name in ("rms_eps", "rope_base", "rope_scale", "embedding_scale", "attention_scale", "attention_value_scale"):
         setattr(p, name, getattr(spec, name))

@@ -60,11 +60,19 @@ class MirrorTimes:
 
 
 def mirror_size(
-    taps: int, n_embd: int, cap: int, dtype: str | FeatureDtype | None = None, device_index: int = 0, *, ggml_ops: bool = False
+    taps: int,
+    n_embd: int,
+    cap: int,
+    dtype: str | FeatureDtype | None = None,
+    device_index: int = 0,
+    *,
+    ggml_ops: bool = False,
 ) -> MirrorSize:
     """The bytes that :class:`FeatureMirror` would allocate: the allocator's own arithmetic, without allocating."""
     size = ffi.new("gm_mirror_size *")
-    check(lib.gm_mirror_size_of(_params(taps, n_embd, cap, FeatureDtype.resolve(dtype), device_index, 0, ggml_ops), size))
+    check(
+        lib.gm_mirror_size_of(_params(taps, n_embd, cap, FeatureDtype.resolve(dtype), device_index, 0, ggml_ops), size)
+    )
     return MirrorSize(size.row, size.ring, size.staging, size.bookkeeping)
 
 
@@ -121,7 +129,9 @@ class FeatureMirror:
         self.device: Device = find_device(device)
         self.taps, self.n_embd, self.cap = _index(taps, "taps"), _index(n_embd, "n_embd"), _index(cap, "cap")
         self.target, self.draft = target, draft
-        params = _params(self.taps, self.n_embd, self.cap, self.dtype, self.device.index, _index(n_threads, "n_threads"), ggml_ops)
+        params = _params(
+            self.taps, self.n_embd, self.cap, self.dtype, self.device.index, _index(n_threads, "n_threads"), ggml_ops
+        )
         size = ffi.new("gm_mirror_size *")
         check(lib.gm_mirror_size_of(params, size))
         self.size = MirrorSize(size.row, size.ring, size.staging, size.bookkeeping)
@@ -141,9 +151,7 @@ class FeatureMirror:
         advice = [f"{self.dtype} fits with cap {cap}" if cap else f"not one row of {self.dtype} fits"]
         if fitting:
             advice.append(f"cap {self.cap} fits as {', '.join(fitting)}")
-        message = (
-            f"{error} (needed {format_bytes(error.bytes_needed)}, free {format_bytes(error.bytes_free)}); {'; '.join(advice)}"
-        )
+        message = f"{error} (needed {format_bytes(error.bytes_needed)}, free {format_bytes(error.bytes_free)}); {'; '.join(advice)}"
         return MirrorMemoryError(
             message, bytes_needed=error.bytes_needed, bytes_free=error.bytes_free, max_cap=cap, fitting_dtypes=fitting
         )
@@ -212,7 +220,11 @@ class FeatureMirror:
         rows = _checked_rows(rows, width)
         with self._lock:
             pointer = ffi.cast("const float *", rows.ctypes.data)
-            check(lib.gm_mirror_write(self._open(), tap, _int64(start, "start"), len(rows), pointer, max(rows.strides[0], 0)))
+            check(
+                lib.gm_mirror_write(
+                    self._open(), tap, _int64(start, "start"), len(rows), pointer, max(rows.strides[0], 0)
+                )
+            )
 
     def write_tensor(self, tensor: Any, *, start: int, tap: int | None = None) -> None:
         """Write from an F32 ggml tensor on any device.
@@ -224,7 +236,11 @@ class FeatureMirror:
             raise ArgumentError(f"tap {tap} is out of range; this mirror has taps 0 to {self.taps - 1}")
         with self._lock:
             handle = self._open()
-            check(lib.gm_mirror_write_tensor(handle, -1 if tap is None else int(tap), _int64(start, "start"), _tensor(tensor)))
+            check(
+                lib.gm_mirror_write_tensor(
+                    handle, -1 if tap is None else int(tap), _int64(start, "start"), _tensor(tensor)
+                )
+            )
 
     # -------------------------------------------------------- the one read path
 
@@ -347,7 +363,9 @@ class FeatureMirror:
         self._open()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def _open(self) -> Any:

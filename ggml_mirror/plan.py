@@ -257,6 +257,6 @@ def _on_device(device: Device, taps: int, n_embd: int, cap: int, dtypes: Sequenc
 
 def _fit(dtype: FeatureDtype, taps: int, n_embd: int, cap: int, bytes_free: int, device: Device) -> DtypeFit:
     size = device_bytes(mirror_size(taps, n_embd, cap, dtype, device.index), device)
-    support = device.supports(dtype)
+    support = device.supports(dtype, taps=taps, n_embd=n_embd)
     max_cap = largest_cap(taps, n_embd, dtype, bytes_free, device)
     return DtypeFit(size, size <= bytes_free, support.capture and support.read, max_cap)

@@ -71,12 +71,16 @@ class SnapshotHeader:
             raise SnapshotError(f"{where} is a safetensors file but not a mirror snapshot")
         version = metadata.get("format_version")
         if version != str(FORMAT_VERSION):
-            raise SnapshotError(f"{where} has snapshot format version {version}; this package reads version {FORMAT_VERSION}")
+            raise SnapshotError(
+                f"{where} has snapshot format version {version}; this package reads version {FORMAT_VERSION}"
+            )
         try:
             values: dict[str, Any] = {}
             for field in fields(cls):
                 text = metadata[field.name]
-                values[field.name] = int(text) if field.type == "int" else (text or None if "None" in str(field.type) else text)
+                values[field.name] = (
+                    int(text) if field.type == "int" else (text or None if "None" in str(field.type) else text)
+                )
             return cls(**values)
         except (KeyError, ValueError) as error:
             raise SnapshotError(f"{where} has a broken header: {error!r}") from None
@@ -158,8 +162,18 @@ class Snapshot:
 
     def require_fit(self, mirror: FeatureMirror) -> None:
         """Raise SnapshotMismatchError unless ``mirror`` could take this snapshot."""
-        ours = {"rows": mirror.rows, "dtype": mirror.dtype.value, "taps": mirror.taps, "n_embd": mirror.n_embd, "cap": mirror.cap}
-        wrong = [f"{name} {getattr(self.header, name)} (mirror: {ours[name]})" for name in _IDENTITY if getattr(self.header, name) != ours[name]]
+        ours = {
+            "rows": mirror.rows,
+            "dtype": mirror.dtype.value,
+            "taps": mirror.taps,
+            "n_embd": mirror.n_embd,
+            "cap": mirror.cap,
+        }
+        wrong = [
+            f"{name} {getattr(self.header, name)} (mirror: {ours[name]})"
+            for name in _IDENTITY
+            if getattr(self.header, name) != ours[name]
+        ]
         # A mirror that has not been told its models takes the snapshot's; one that has accepts no other.
         for name, own in (("target", mirror.target), ("draft", mirror.draft)):
             theirs = getattr(self.header, name)
@@ -177,7 +191,7 @@ class Snapshot:
             SnapshotError: the file cannot be written; an older file of that name is left as it was.
         """
         path = Path(path)
-        tensors = {"positions": self.positions, "tap_masks": self.tap_masks, "rows": self.rows}
+        tensors: dict[str, npt.NDArray[Any]] = {"positions": self.positions, "tap_masks": self.tap_masks, "rows": self.rows}
         metadata = self.header.to_metadata()
         metadata["checksum"] = _checksum(metadata, tensors)
         temporary = ""
@@ -214,7 +228,9 @@ class Snapshot:
         if row_bytes(h.dtype, h.n_embd) * h.taps != h.row_bytes:
             raise ValueError(f"{h.row_bytes} bytes a row do not fit {h.taps} taps of {h.n_embd} {h.dtype}")
         shapes = {"positions": (h.count,), "tap_masks": (h.count,), "rows": (h.count, h.row_bytes)}
-        for name, (dtype, shape) in zip(shapes, zip((np.int64, np.uint64, np.uint8), shapes.values(), strict=True), strict=True):
+        for name, (dtype, shape) in zip(
+            shapes, zip((np.int64, np.uint64, np.uint8), shapes.values(), strict=True), strict=True
+        ):
             array = getattr(self, name)
             if array.dtype != dtype or array.shape != shape:
                 raise ValueError(f"{name} is {array.dtype} {list(array.shape)}, not {np.dtype(dtype)} {list(shape)}")

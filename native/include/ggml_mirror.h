@@ -100,8 +100,9 @@ GM_API gm_status gm_device_find(const char * name, int32_t * index);
 // Index of the device whose memory a tensor lies in.
 GM_API gm_status gm_tensor_device(const struct ggml_tensor * tensor, int32_t * index);
 
-// Can the device capture rows into, and read rows back from, a ring of `type`?
-GM_API gm_status gm_device_supports(int32_t index, int32_t type, bool * capture, bool * read);
+// Can the device capture taps of n_embd values into, and read rows of `width` values back from, a ring of `type`? Some kernels want
+// more than whole blocks. 0, 0: one block each, so that the answer holds for any width.
+GM_API gm_status gm_device_supports(int32_t index, int32_t type, int64_t n_embd, int64_t width, bool * capture, bool * read);
 
 // ---------------------------------------------------------------------------------------------- mirror
 

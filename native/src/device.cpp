@@ -65,17 +65,17 @@ uint64_t device_memory_free(ggml_backend_dev_t device) {
     return device_is_host(device) ? host_memory_free(free) : free;
 }
 
-Support device_ggml_ops(ggml_backend_dev_t device, const Dtype & dtype) {
-    // Shapes do not matter to supports_op beyond alignment; 256 is a multiple of every block size.
-    const int64_t width = 256, rows = 2;
+Support device_ggml_ops(ggml_backend_dev_t device, const Dtype & dtype, int64_t n_embd, int64_t width) {
+    const int64_t rows = 2;
     ggml_context_ptr ctx(ggml_init({ 64 * ggml_tensor_overhead(), nullptr, true }));
     ggml_tensor * ring    = ggml_new_tensor_2d(ctx.get(), dtype.type, width, rows);
-    ggml_tensor * x       = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, width, rows);
+    ggml_tensor * tap     = ggml_new_tensor_2d(ctx.get(), dtype.type, n_embd, rows);
+    ggml_tensor * x       = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, n_embd, rows);
     auto          has     = [&](ggml_tensor * op) { return ggml_backend_dev_supports_op(device, op); };
     ggml_tensor * slots   = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I64, rows);
     ggml_tensor * indices = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I32, rows);
     Support support;
-    support.capture = has(ggml_set_rows(ctx.get(), ring, x, slots)) && DeviceRows::check_ops_supported(ctx.get(), x, has);
+    support.capture = has(ggml_set_rows(ctx.get(), tap, x, slots)) && DeviceRows::check_ops_supported(ctx.get(), x, has);
     support.read    = has(ggml_get_rows(ctx.get(), ring, indices));
     return support;
 }
@@ -139,14 +139,18 @@ gm_status gm_tensor_device(const struct ggml_tensor * tensor, int32_t * index) {
     });
 }
 
-gm_status gm_device_supports(int32_t index, int32_t type, bool * capture, bool * read) {
+gm_status gm_device_supports(int32_t index, int32_t type, int64_t n_embd, int64_t width, bool * capture, bool * read) {
     return gm::guard([&] {
         gm::required(capture, "capture");
         gm::required(read, "read");
         const ggml_backend_dev_t device = gm::device_at(index);
         const gm::Dtype &        dtype  = gm::dtype(type);
+        if (n_embd == 0) n_embd = dtype.block;
+        if (width == 0) width = n_embd;
+        gm::row_size(dtype, n_embd);
+        gm::row_size(dtype, width);
         // Host rows are converted by this library with ggml's own conversions, which dtype() has found to exist.
-        const gm::Support support = gm::device_is_host(device) ? gm::Support{ true, true } : gm::device_ggml_ops(device, dtype);
+        const gm::Support support = gm::device_is_host(device) ? gm::Support{ true, true } : gm::device_ggml_ops(device, dtype, n_embd, width);
         *capture                  = support.capture;
         *read                     = support.read;
     });

@@ -18,6 +18,6 @@ struct Support {
     bool capture;  // set_rows into the type, and the ops that find and replace what it cannot hold
     bool read;     // get_rows back to F32
 };
-Support device_ggml_ops(ggml_backend_dev_t device, const Dtype & dtype);
+Support device_ggml_ops(ggml_backend_dev_t device, const Dtype & dtype, int64_t n_embd, int64_t width);
 
 } // namespace gm

@@ -60,10 +60,10 @@ bool DeviceRows::check_ops_supported(ggml_context * ctx, ggml_tensor * x, const 
 
 DeviceRows::DeviceRows(ggml_backend_dev_t device, const Dtype & dtype, ggml_tensor * ring, int32_t taps, int n_threads)
     : device_(device), dtype_(dtype), ring_(ring), taps_(taps), chunk_(chunk_rows(ring->ne[0], ring->ne[1])) {
-    const Support support = device_ggml_ops(device, dtype);
+    const Support support = device_ggml_ops(device, dtype, ring->ne[0] / taps, ring->ne[0]);
     if (!support.capture || !support.read) {
-        throw error(GM_ERR_UNSUPPORTED, "device %s cannot %s %s rows with its ggml ops; see `ggml-mirror doctor` for the dtypes it can hold",
-                    ggml_backend_dev_name(device), support.capture ? "read" : "capture", dtype.name);
+        throw error(GM_ERR_UNSUPPORTED, "device %s cannot %s %s rows of %d x %lld with its ggml ops; `ggml-mirror doctor` lists the dtypes that it can hold",
+                    ggml_backend_dev_name(device), support.capture ? "read" : "capture", dtype.name, taps, (long long) (ring->ne[0] / taps));
     }
     backend_.reset(ggml_backend_dev_init(device, nullptr));
     if (!backend_) throw error(GM_ERR_DEVICE, "device %s does not start", ggml_backend_dev_name(device));
