@@ -8,6 +8,8 @@ stays, inert, until the next capture. Positions come from the batch that is eval
 from __future__ import annotations
 
 import ctypes
+import operator
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -84,6 +86,7 @@ class Hook:
         check(lib.gm_capture_new(out))
         self.handle = ffi.gc(out[0], lib.gm_capture_free)
         self.context: Any = None
+        self.llm: Any = None  # weak: the hook is kept by the Llama's context
         self.found: dict[int, tuple[int, int]] = {}
         self.evaluated = 0
         self.tok_embd = self.output = 0  # addresses of the model's own tensors; 0: not seen
@@ -97,7 +100,7 @@ class Hook:
         if hook is None:
             hook = cls()
             _remake_context(llm, hook)
-            hook.context = llm._ctx
+            hook.context, hook.llm = llm._ctx, weakref.ref(llm)
             setattr(llm._ctx, _ATTRIBUTE, hook)
         return hook
 
@@ -194,14 +197,38 @@ class Hook:
         if span is None:
             decode(self.context, batch)
             return
+        self._forget_other_tokens(span[0])
         check(lib.gm_capture_begin(self.handle, *span))
         try:
             decode(self.context, batch)
         except BaseException:
-            # The rows that came belong to a failed evaluation: end() forgets them, and its complaint is not the cause.
-            lib.gm_capture_end(self.handle)
+            lib.gm_capture_cancel(self.handle)
             raise
         check(lib.gm_capture_end(self.handle))
+        self._note(span, batch)
+
+    # A mirror remembers which tokens its rows are of. A sequence that was exchanged behind its back (a state that was loaded, an
+    # evaluation while it was not attached) shows itself by other tokens at the same positions.
+
+    def _forget_other_tokens(self, start: int) -> None:
+        llm = self.llm()
+        if llm is None or llm.n_tokens != start:
+            return  # evaluated past the Llama: it does not know the tokens
+        present: npt.NDArray[np.int32] = llm.input_ids[:start]
+        for mirror in self.mirrors:
+            known = mirror._tokens
+            if known is not None and not mirror.closed:
+                n = min(len(known), start)
+                other = np.flatnonzero(known[:n] != present[:n])
+                mirror.truncate(int(other[0]) if len(other) else n)
+            mirror._tokens = present.copy()
+
+    def _note(self, span: tuple[int, int], batch: Any) -> None:
+        start, count = span
+        tokens = np.ctypeslib.as_array(batch.batch.token, shape=(count,))
+        for mirror in self.mirrors:
+            if mirror._tokens is not None:
+                mirror._tokens = np.concatenate([mirror._tokens[:start], tokens])
 
     # The mirrors follow what is done to the captured sequence's cells, too.
 
@@ -244,12 +271,17 @@ def _positions(batch: Any) -> tuple[int, int] | None:
 
 
 def _checked_taps(llm: Llama, taps: Sequence[int] | None) -> list[int]:
+    if llm._model.model is None or llm._ctx.ctx is None:
+        raise CaptureError("the model is closed")
     n_layer = llama_cpp.llama_model_n_layer(llm.model)
     if taps is None:
         from .model_info import default_taps
 
         return list(default_taps(n_layer))
-    layers = [int(t) for t in taps]
+    try:
+        layers = [operator.index(t) for t in taps]
+    except TypeError:
+        raise ArgumentError(f"taps {taps!r} must be a sequence of integers") from None
     bad = [t for t in layers if not 0 <= t < n_layer]
     if bad:
         raise CaptureError(f"the model has no block {bad[0]}; its blocks are 0 to {n_layer - 1}")

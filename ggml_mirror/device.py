@@ -58,7 +58,9 @@ def find_device(name: str) -> Device:
     if not isinstance(name, str):
         raise DeviceError(f"a device is named by a string such as 'cpu', 'auto' or 'CUDA0', not by {name!r}")
     index = ffi.new("int32_t *")
-    check(lib.gm_device_find(name.strip().encode(), index))
+    # What is no C text (a NUL, a lone surrogate) names no device either; it goes on as what it is printed as.
+    printable = name.strip() if name.isprintable() else ascii(name)
+    check(lib.gm_device_find(printable.encode(), index))
     return _device(index[0])
 
 

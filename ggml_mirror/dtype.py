@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from enum import Enum
 
 from ._native import check, ffi, lib
-from .errors import DtypeError
+from .errors import ArgumentError, DtypeError, ShapeError
 
 #: Environment variable that sets the default feature dtype wherever one may be given.
 DTYPE_VARIABLE = "DFLASH_FEATURE_DTYPE"
@@ -86,13 +87,18 @@ def row_bytes(dtype: str | FeatureDtype, width: int) -> int:
         ShapeError: ``width`` is not a positive multiple of the dtype's block size.
     """
     out = ffi.new("uint64_t *")
-    check(lib.gm_type_row_size(FeatureDtype.parse(dtype).ggml_type, _int64(width), out))
+    check(lib.gm_type_row_size(FeatureDtype.parse(dtype).ggml_type, _width(width), out))
     return int(out[0])
 
 
-def _int64(value: int) -> int:
-    # A Python integer beyond int64 is as wrong as a negative one; the native check names the bound.
-    return int(value) if -(2**63) <= int(value) < 2**63 else -1
+def _width(width: int) -> int:
+    try:
+        number = operator.index(width)
+    except TypeError:
+        raise ArgumentError(f"width must be an integer, not {width!r}") from None
+    if not -(2**63) <= number < 2**63:
+        raise ShapeError(f"width {number} is beyond 64 bits")
+    return number
 
 
 def _parse(name: str | FeatureDtype, prefix: str) -> FeatureDtype:

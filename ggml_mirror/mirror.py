@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import operator
 import threading
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import numpy.typing as npt
 from ._native import check, ffi, lib
 from .device import Device, find_device
 from .dtype import FeatureDtype
-from .errors import ArgumentError, ClosedError, MirrorMemoryError, ShapeError
+from .errors import ArgumentError, ClosedError, MirrorMemoryError, ShapeError, SnapshotError
 
 if TYPE_CHECKING:
     from .snapshot import Snapshot
@@ -125,6 +126,8 @@ class FeatureMirror:
     ) -> None:
         self._handle: Any = None
         self._lock = threading.RLock()
+        #: Tokens whose features capture has written, by position; None: nobody has said.
+        self._tokens: npt.NDArray[np.int32] | None = None
         self.dtype = FeatureDtype.resolve(dtype)
         self.device: Device = find_device(device)
         self.taps, self.n_embd, self.cap = _index(taps, "taps"), _index(n_embd, "n_embd"), _index(cap, "cap")
@@ -139,15 +142,17 @@ class FeatureMirror:
         try:
             check(lib.gm_mirror_new(params, out))
         except MirrorMemoryError as error:
-            raise self._with_advice(error) from None
+            raise self._with_advice(error, ggml_ops) from None
         self._handle = ffi.gc(out[0], lib.gm_mirror_free, size=self.nbytes if self.device.is_host else 0)
 
-    def _with_advice(self, error: MirrorMemoryError) -> MirrorMemoryError:
+    def _with_advice(self, error: MirrorMemoryError, ggml_ops: bool) -> MirrorMemoryError:
         """The same error with what would fit instead, by the allocator's own arithmetic."""
         from .plan import fitting_dtypes, format_bytes, largest_cap
 
-        fitting = tuple(fitting_dtypes(self.taps, self.n_embd, self.cap, error.bytes_free, self.device))
-        cap = largest_cap(self.taps, self.n_embd, self.dtype, error.bytes_free, self.device)
+        fitting = tuple(
+            fitting_dtypes(self.taps, self.n_embd, self.cap, error.bytes_free, self.device, ggml_ops=ggml_ops)
+        )
+        cap = largest_cap(self.taps, self.n_embd, self.dtype, error.bytes_free, self.device, ggml_ops=ggml_ops)
         advice = [f"{self.dtype} fits with cap {cap}" if cap else f"not one row of {self.dtype} fits"]
         if fitting:
             advice.append(f"cap {self.cap} fits as {', '.join(fitting)}")
@@ -281,9 +286,9 @@ class FeatureMirror:
             check(lib.gm_mirror_view(handle, start, count, pointer))
             # The handle in a closure keeps the native mirror alive as long as the buffer, hence the array, lives.
             memory = ffi.gc(ffi.cast("float *", pointer[0]), lambda _, keep=handle: None)
-            rows = np.frombuffer(ffi.buffer(memory, count * self.width * 4), np.float32).reshape(count, self.width)
-        rows.flags.writeable = False
-        return rows
+            # Read-only at its root: numpy would let the flag of an array over a writable buffer be set back.
+            buffer = memoryview(ffi.buffer(memory, count * self.width * 4)).toreadonly()
+            return np.frombuffer(buffer, np.float32).reshape(count, self.width)
 
     # ---------------------------------------------------------------- validity
 
@@ -296,6 +301,7 @@ class FeatureMirror:
         """Forget every position."""
         with self._lock:
             check(lib.gm_mirror_clear(self._open()))
+            self._tokens = None
 
     def _live(self, *, complete_only: bool) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint64]]:
         """Live positions, ascending, and the bit masks of their written taps."""
@@ -330,6 +336,10 @@ class FeatureMirror:
         Raises:
             SnapshotMismatchError: it is of another dtype, shape, cap, target or draft; nothing was changed.
         """
+        from .snapshot import Snapshot
+
+        if not isinstance(snapshot, Snapshot):
+            raise SnapshotError(f"a mirror is restored from a Snapshot, not from {type(snapshot).__name__}")
         snapshot.put(self)
 
     # ------------------------------------------------------------- measurements
@@ -396,21 +406,23 @@ def _checked_rows(rows: Rows, width: int) -> Rows:
         raise ShapeError(f"rows must be float32, not {rows.dtype}; convert them with rows.astype(numpy.float32)")
     if rows.ndim != 2 or rows.shape[1] != width:
         raise ShapeError(f"rows must have shape [n, {width}], not {list(rows.shape)}")
-    if rows.strides[1] != 4 or rows.strides[0] < 0:
-        return np.ascontiguousarray(rows)
+    # In place: aligned rows of adjacent values, apart from one another. Windows and broadcasts are closer, views of records crooked.
+    aligned = rows.flags.aligned and rows.strides[0] % 4 == 0
+    if not aligned or rows.strides[1] != 4 or (len(rows) > 1 and rows.strides[0] < 4 * width):
+        return np.array(rows, np.float32, order="C")
     return rows
 
 
 def _tensor(tensor: Any) -> Any:
     """A ``struct ggml_tensor *`` from an address, a ctypes pointer or a cffi pointer."""
-    if isinstance(tensor, ffi.CData):
+    if isinstance(tensor, ffi.CData) and ffi.typeof(tensor).kind == "pointer":
         return ffi.cast("struct ggml_tensor *", tensor)
-    if not isinstance(tensor, int):
-        import ctypes
-
-        tensor = ctypes.cast(tensor, ctypes.c_void_p).value or 0
-    if tensor == 0:
+    if isinstance(tensor, (ctypes._Pointer, ctypes.c_void_p)):
+        tensor = ctypes.cast(tensor, ctypes.c_void_p).value
+    if tensor is None or (type(tensor) is int and tensor == 0):
         raise ArgumentError("tensor is a null pointer")
+    if type(tensor) is not int or not 0 < tensor < 2**64:
+        raise ArgumentError(f"a tensor is given by its address or a pointer, not by {tensor!r:.80}")
     return ffi.cast("struct ggml_tensor *", tensor)
 
 

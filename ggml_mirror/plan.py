@@ -212,23 +212,31 @@ def device_bytes(size: MirrorSize, device: Device) -> int:
     return size.ring + size.staging + (size.bookkeeping if device.is_host else 0)
 
 
-def largest_cap(taps: int, n_embd: int, dtype: str | FeatureDtype, bytes_free: int, device: Device) -> int:
+def largest_cap(
+    taps: int, n_embd: int, dtype: str | FeatureDtype, bytes_free: int, device: Device, *, ggml_ops: bool = False
+) -> int:
     """The largest ``cap`` at which a mirror takes at most ``bytes_free`` of the device's memory; 0: none."""
+
     # The ring alone bounds it from above; scratch and bookkeeping grow with cap, so bisect.
-    low, high = 0, min(max(bytes_free, 0) // mirror_size(taps, n_embd, 1, dtype, device.index).row, MAX_CAP)
+    def size(cap: int) -> MirrorSize:
+        return mirror_size(taps, n_embd, cap, dtype, device.index, ggml_ops=ggml_ops)
+
+    low, high = 0, min(max(bytes_free, 0) // size(1).row, MAX_CAP)
     while low < high:
         middle = (low + high + 1) // 2
-        if device_bytes(mirror_size(taps, n_embd, middle, dtype, device.index), device) <= bytes_free:
+        if device_bytes(size(middle), device) <= bytes_free:
             low = middle
         else:
             high = middle - 1
     return low
 
 
-def fitting_dtypes(taps: int, n_embd: int, cap: int, bytes_free: int, device: Device) -> tuple[FeatureDtype, ...]:
+def fitting_dtypes(
+    taps: int, n_embd: int, cap: int, bytes_free: int, device: Device, *, ggml_ops: bool = False
+) -> tuple[FeatureDtype, ...]:
     """The dtypes that the device supports and in which ``cap`` rows fit into ``bytes_free``, most precise first."""
     dtypes, _ = usable_dtypes(n_embd, None)
-    plans = {d: _fit(d, taps, n_embd, cap, bytes_free, device) for d in dtypes}
+    plans = {d: _fit(d, taps, n_embd, cap, bytes_free, device, ggml_ops=ggml_ops) for d in dtypes}
     return tuple(d for d, fit in plans.items() if fit.fits and fit.supported)
 
 
@@ -255,8 +263,10 @@ def _on_device(device: Device, taps: int, n_embd: int, cap: int, dtypes: Sequenc
     return DevicePlan(device.name, device.description, device.memory_free, device.memory_total, fits)
 
 
-def _fit(dtype: FeatureDtype, taps: int, n_embd: int, cap: int, bytes_free: int, device: Device) -> DtypeFit:
-    size = device_bytes(mirror_size(taps, n_embd, cap, dtype, device.index), device)
+def _fit(
+    dtype: FeatureDtype, taps: int, n_embd: int, cap: int, bytes_free: int, device: Device, *, ggml_ops: bool = False
+) -> DtypeFit:
+    size = device_bytes(mirror_size(taps, n_embd, cap, dtype, device.index, ggml_ops=ggml_ops), device)
     support = device.supports(dtype, taps=taps, n_embd=n_embd)
-    max_cap = largest_cap(taps, n_embd, dtype, bytes_free, device)
+    max_cap = largest_cap(taps, n_embd, dtype, bytes_free, device, ggml_ops=ggml_ops)
     return DtypeFit(size, size <= bytes_free, support.capture and support.read, max_cap)

@@ -64,6 +64,23 @@ class SnapshotHeader:
         values = {name: "" if value is None else str(value) for name, value in asdict(self).items()}
         return {"format": FORMAT, **values}
 
+    def require_sound(self, where: str) -> None:
+        """Raise SnapshotError unless the fields agree with each other."""
+        try:
+            FeatureDtype.parse(self.dtype)
+            fits = row_bytes(self.dtype, self.n_embd) * self.taps == self.row_bytes
+        except GgmlMirrorError as error:
+            raise SnapshotError(f"{where} has a broken header: {error}") from None
+        first = self.first_position
+        if not (
+            fits
+            and 1 <= self.taps <= 64
+            and 0 <= self.count <= self.cap < 2**31
+            and self.cap >= 1
+            and self.rows == "raw"
+        ) or not (0 <= first < _MAX_POSITION if self.count else first == -1):
+            raise SnapshotError(f"{where} has a broken header: its fields contradict each other: {self}")
+
     @classmethod
     def from_metadata(cls, metadata: dict[str, str] | None, where: str) -> SnapshotHeader:
         metadata = metadata or {}
@@ -148,6 +165,7 @@ class Snapshot:
         with mirror._lock:
             handle = mirror._open()
             self.require_fit(mirror)
+            self._require_sound("the snapshot")
             positions, masks, rows = (np.ascontiguousarray(a) for a in (self.positions, self.tap_masks, self.rows))
             check(
                 lib.gm_mirror_load(
@@ -158,6 +176,7 @@ class Snapshot:
                     ffi.cast("uint8_t *", rows.ctypes.data),
                 )
             )
+            mirror._tokens = None
             mirror.target, mirror.draft = mirror.target or self.header.target, mirror.draft or self.header.draft
 
     def require_fit(self, mirror: FeatureMirror) -> None:
@@ -191,7 +210,11 @@ class Snapshot:
             SnapshotError: the file cannot be written; an older file of that name is left as it was.
         """
         path = Path(path)
-        tensors: dict[str, npt.NDArray[Any]] = {"positions": self.positions, "tap_masks": self.tap_masks, "rows": self.rows}
+        tensors: dict[str, npt.NDArray[Any]] = {
+            "positions": self.positions,
+            "tap_masks": self.tap_masks,
+            "rows": self.rows,
+        }
         metadata = self.header.to_metadata()
         metadata["checksum"] = _checksum(metadata, tensors)
         temporary = ""
@@ -216,29 +239,42 @@ class Snapshot:
             SnapshotError: missing, truncated, corrupt, foreign, or of another format version.
         """
         header, tensors = _read(path, _TENSORS)
-        try:
-            snapshot = cls(header, tensors["positions"], tensors["tap_masks"], tensors["rows"])
-            snapshot._require_sound()
-        except (GgmlMirrorError, ValueError) as error:
-            raise SnapshotError(f"{path} is corrupt: {error}") from None
+        snapshot = cls(header, tensors["positions"], tensors["tap_masks"], tensors["rows"])
+        snapshot._require_sound(str(path))
         return snapshot
 
-    def _require_sound(self) -> None:
+    def _require_sound(self, where: str) -> None:
+        """Arrays that are what the header says, and that a mirror can take."""
         h = self.header
-        if row_bytes(h.dtype, h.n_embd) * h.taps != h.row_bytes:
-            raise ValueError(f"{h.row_bytes} bytes a row do not fit {h.taps} taps of {h.n_embd} {h.dtype}")
-        shapes = {"positions": (h.count,), "tap_masks": (h.count,), "rows": (h.count, h.row_bytes)}
-        for name, (dtype, shape) in zip(
-            shapes, zip((np.int64, np.uint64, np.uint8), shapes.values(), strict=True), strict=True
-        ):
+        h.require_sound(where)
+        for name, (dtype, shape) in _layout(h).items():
             array = getattr(self, name)
-            if array.dtype != dtype or array.shape != shape:
-                raise ValueError(f"{name} is {array.dtype} {list(array.shape)}, not {np.dtype(dtype)} {list(shape)}")
-        if h.first_position != (int(self.positions[0]) if h.count else -1):
-            raise ValueError("first_position is not that of the first row")
+            if not isinstance(array, np.ndarray) or array.dtype != dtype or array.shape != shape:
+                raise SnapshotError(
+                    f"{where} is broken: {name} is not {dtype.__name__} {list(shape)}, as its header says"
+                )
+        positions, masks = self.positions, self.tap_masks
+        if h.count == 0:
+            return
+        if positions[0] != h.first_position or positions[-1] > _MAX_POSITION or not (np.diff(positions) > 0).all():
+            raise SnapshotError(f"{where} is broken: its positions do not ascend from {h.first_position}")
+        if len(np.unique(positions % h.cap)) != h.count:
+            raise SnapshotError(f"{where} is broken: two of its positions share a slot of {h.cap}")
+        if not masks.all() or (h.taps < 64 and (masks >> np.uint64(h.taps)).any()):
+            raise SnapshotError(f"{where} is broken: a row has no tap, or one beyond {h.taps}")
 
+
+_MAX_POSITION = 2**62
 
 _TENSORS = ("positions", "tap_masks", "rows")
+
+
+def _layout(h: SnapshotHeader) -> dict[str, tuple[type[np.generic], tuple[int, ...]]]:
+    return {
+        "positions": (np.int64, (h.count,)),
+        "tap_masks": (np.uint64, (h.count,)),
+        "rows": (np.uint8, (h.count, h.row_bytes)),
+    }
 
 
 def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -258,16 +294,17 @@ def _read(path: str | os.PathLike[str], names: tuple[str, ...]) -> tuple[Snapsho
         with safe_open(path, "numpy") as file:
             metadata = file.metadata()
             header = SnapshotHeader.from_metadata(metadata, str(path))
-            FeatureDtype.parse(header.dtype)
+            header.require_sound(str(path))
             if sorted(file.keys()) != sorted(_TENSORS) or "checksum" not in metadata:
                 raise SnapshotError(f"{path} lacks parts of a snapshot")
+            for name, (_, shape) in _layout(header).items():
+                if tuple(file.get_slice(name).get_shape()) != shape:
+                    raise SnapshotError(
+                        f"{path} is broken: {name} has not the shape {list(shape)} that its header says"
+                    )
             tensors = {name: file.get_tensor(name) for name in names}
     except (OSError, SafetensorError) as error:
         raise SnapshotError(f"cannot read snapshot {path}: {error}") from None
-    except SnapshotError:
-        raise
-    except GgmlMirrorError as error:
-        raise SnapshotError(f"{path} has a broken header: {error}") from None
     if names and metadata["checksum"] != _checksum(metadata, tensors):
         raise SnapshotError(f"{path} is corrupt: its checksum does not match its content")
     return header, tensors

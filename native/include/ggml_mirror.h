@@ -207,6 +207,9 @@ GM_API gm_status gm_capture_begin(gm_capture * capture, int64_t start, int64_t c
 // Close it: GM_OK if each tap gave each row, else the first error (rows >= start are forgotten again).
 GM_API gm_status gm_capture_end(gm_capture * capture);
 
+// Close it after the evaluation itself has failed: rows >= start are forgotten.
+GM_API gm_status gm_capture_cancel(gm_capture * capture);
+
 // ----------------------------------------------------------------------------------------------- draft
 
 // A DFlash draft on the device of the mirrors that it reads.

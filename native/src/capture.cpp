@@ -176,6 +176,14 @@ gm_status gm_capture_begin(gm_capture * capture, int64_t start, int64_t count) {
     });
 }
 
+gm_status gm_capture_cancel(gm_capture * capture) {
+    return gm::guard([&] {
+        gm_capture & c = gm::required(capture, "capture");
+        if (c.count >= 0) c.forget();
+        c.count = -1;
+    });
+}
+
 gm_status gm_capture_end(gm_capture * capture) {
     return gm::guard([&] {
         gm_capture & c = gm::required(capture, "capture");

@@ -148,7 +148,6 @@ gm_status gm_device_supports(int32_t index, int32_t type, int64_t n_embd, int64_
         if (n_embd == 0) n_embd = dtype.block;
         if (width == 0) width = n_embd;
         gm::row_size(dtype, n_embd);
-        gm::row_size(dtype, width);
         // Host rows are converted by this library with ggml's own conversions, which dtype() has found to exist.
         const gm::Support support = gm::device_is_host(device) ? gm::Support{ true, true } : gm::device_ggml_ops(device, dtype, n_embd, width);
         *capture                  = support.capture;

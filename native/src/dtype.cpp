@@ -4,6 +4,7 @@
 #    include "ggml-cpu.h"
 #endif
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstring>
@@ -44,17 +45,17 @@ static float give_back(const Dtype & d, float v) {
     std::vector<float>   in(n), out(n);
     std::vector<uint8_t> stored(ggml_row_size(d.type, n));
     float                least = INFINITY;
-    const float          others[] = { 0.0f, v, -v };
+    const int            steps = n > 1 ? 508 : 0;  // a type that fits its scale (iq4_nl) is worst with neighbours between its levels
     for (float sign : { 1.0f, -1.0f }) {
-        for (float other : others) {
-            for (int64_t i = 0; i < n; ++i) in[i] = other;
+        for (int step = -steps; step <= steps; ++step) {
+            for (int64_t i = 0; i < n; ++i) in[i] = steps ? v * float(step) / float(steps) : 0.0f;
             in[0] = sign * v;
             d.from_float(in.data(), stored.data(), n);
             d.to_float(stored.data(), out.data(), n);
             for (float x : out) {
                 if (!std::isfinite(x)) return -1.0f;
             }
-            least = std::fmin(least, std::fabs(out[0]));
+            if (step % std::max(steps, 1) == 0) least = std::fmin(least, std::fabs(out[0]));  // beside 0, v and -v
         }
     }
     return least;

@@ -35,6 +35,7 @@ const gm_mirror_params & checked(const gm_mirror_params & p) {
     if (p.cap < 1 || p.cap > INT32_MAX) {
         throw error(GM_ERR_ARGUMENT, "cap is %lld; a mirror has 1 to %d slots", (long long) p.cap, INT32_MAX);
     }
+    if (p.n_threads < 0) throw error(GM_ERR_ARGUMENT, "n_threads is %d; it must be positive, or 0 for all cores", p.n_threads);
     return p;
 }
 

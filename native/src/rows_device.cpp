@@ -44,13 +44,17 @@ static ggml_tensor * count_above(ggml_context * ctx, ggml_tensor * magnitude, fl
     return ggml_sum_rows(ctx, ggml_step(ctx, ggml_scale_bias(ctx, magnitude, 0.5f, -0.5f * limit)));
 }
 
-// NaN becomes 0 (a leaky ReLU of slope 1 is the identity, but NaN compares with nothing), the rest is clamped.
+// The rule for values that the dtype cannot hold. A clamp makes some finite value of NaN; |NaN| + 1 is not above 0, so it is then
+// multiplied by 0, and everything else by 1, which keeps signed zeros.
 static ggml_tensor * replace(ggml_context * ctx, ggml_tensor * x, float limit) {
-    return ggml_clamp(ctx, ggml_leaky_relu(ctx, x, 1.0f, false), -limit, limit);
+    ggml_tensor * is_number = ggml_step(ctx, ggml_scale_bias(ctx, ggml_abs(ctx, x), 1.0f, 1.0f));
+    return ggml_mul(ctx, ggml_clamp(ctx, x, -limit, limit), is_number);
 }
 
 bool DeviceRows::check_ops_supported(ggml_context * ctx, ggml_tensor * x, const std::function<bool(ggml_tensor *)> & has) {
-    for (ggml_tensor * op : { count_within(ctx, ggml_abs(ctx, x), 1.0f), replace(ctx, x, 1.0f) }) {
+    // step, scale, abs, sum_rows, then mul and clamp: each chain's ops follow on in src[0].
+    ggml_tensor * replaced = replace(ctx, x, 1.0f);
+    for (ggml_tensor * op : { count_within(ctx, ggml_abs(ctx, x), 1.0f), replaced, replaced->src[1] }) {
         for (; op->op != GGML_OP_NONE; op = op->src[0]) {
             if (!has(op)) return false;
         }
