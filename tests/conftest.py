@@ -1,0 +1,40 @@
+"""What all tests share: a fixed hypothesis profile, a clean dtype policy, and the demo target."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+
+from ggml_mirror.dtype import DTYPE_VARIABLE
+
+# The same examples on every machine. GGML_MIRROR_HYPOTHESIS=explore draws new ones, ten times as many.
+settings.register_profile(
+    "repeatable",
+    derandomize=True,
+    database=None,
+    deadline=None,
+    print_blob=True,
+    phases=[Phase.explicit, Phase.generate, Phase.shrink],
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.differing_executors],
+)
+settings.register_profile("explore", parent=settings.get_profile("repeatable"), derandomize=False, max_examples=1000)
+settings.load_profile(os.environ.get("GGML_MIRROR_HYPOTHESIS", "repeatable"))
+
+
+@pytest.fixture(autouse=True)
+def no_dtype_policy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The caller's DFLASH_FEATURE_DTYPE must not change what a test means."""
+    monkeypatch.delenv(DTYPE_VARIABLE, raising=False)
+
+
+@pytest.fixture(scope="session")
+def demo_target() -> Path:
+    """The GGUF of the demo target; `make test` fetches it."""
+    default = Path.home() / ".cache/ggml-mirror/models/SmolLM2-135M-Instruct.Q4_1.gguf"
+    path = Path(os.environ.get("GGML_MIRROR_DEMO_TARGET") or default)
+    if not path.is_file():
+        pytest.skip(f"no demo target at {path}; set GGML_MIRROR_DEMO_TARGET")
+    return path
