@@ -18,7 +18,7 @@
 namespace gm {
 
 static constexpr int64_t  kChunk           = 4096;        // values checked, then converted, while they are in L1
-static constexpr uint64_t kInlineBytes     = 256 * 1024;  // below this, waking threads costs more than it saves
+static constexpr uint64_t kInlineBytes     = 2 << 20;     // below this, waking threads costs more than it saves
 static constexpr int32_t  kInfinityBits    = 0x7f800000;
 
 void Tally::add(const Tally & other) {
