@@ -30,6 +30,8 @@ _BAD_INPUT = (
     errors.ShapeError,
     errors.DeviceError,
     errors.ModelFileError,
+    errors.UnsupportedDraftError,
+    errors.DraftMismatchError,
     errors.SnapshotError,
 )
 

@@ -117,7 +117,7 @@ class DFlashLlama(Llama):
                 cap=self.draft_window + block,  # slack: an unverified block must not displace rows of the window
                 dtype=self.feature_dtype,
                 device=device.name,
-                n_threads=self.n_threads,
+                n_threads=self.n_threads_batch,
                 target=fingerprint(self.model_path),
                 draft=fingerprint(self.draft_path),
             )
@@ -129,7 +129,7 @@ class DFlashLlama(Llama):
             output=hook.output,
             device_index=device.index,
             window=self.draft_window,
-            n_threads=self.n_threads,
+            n_threads=self.n_threads_batch,  # a block is a batch
         )
         self._stack.callback(self.draft.close)
         self._capture = self._stack.enter_context(ExitStack())

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ._native import check, ffi, lib
-from .errors import ClosedError, DraftMismatchError, UnsupportedDraftError
+from .errors import ClosedError, DraftMismatchError, ModelFileError, UnsupportedDraftError
 from .gguf_file import GgufFile
 from .mirror import FeatureMirror
 from .model_info import ModelInfo, default_taps
@@ -69,9 +69,11 @@ class DraftSpec:
                 f"{path} is a {info.arch} model, not a DFlash draft (general.architecture dflash, qwen35-dflash-draft, "
                 "dflash-draft or gemma4-dflash-draft)"
             )
+        if target.is_draft:
+            raise DraftMismatchError(f"{path} does not fit {target.path.name}: {target.path.name} is itself a draft")
         file = GgufFile.read(path)
         spec = cls._from(file, info, target)
-        spec._check(info, target)
+        spec._check(info, target, has_embedding="token_embd.weight" in file.tensors)
         return spec
 
     @classmethod
@@ -81,13 +83,15 @@ class DraftSpec:
 
         def number(key: str, default: float | None = None) -> Any:
             value = meta.get(f"{arch}.{key}", default)
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
+            if value is None:
+                raise ModelFileError(f"{file.path}: lacks {arch}.{key}")
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 2**31:
                 raise UnsupportedDraftError(f"{file.path}: {arch}.{key} is {value!r}, a number was expected")
             return value
 
         n_head = int(number("attention.head_count"))
         head_dim = int(number("attention.key_length", info.n_embd // max(n_head, 1)))
-        scaling = meta.get(f"{arch}.rope.scaling.type", "none")
+        scaling = meta.get(f"{arch}.rope.scaling.type", "linear")  # llama.cpp's default, by a factor of 1
         if scaling not in _ROPE_SCALING:
             raise UnsupportedDraftError(
                 f"{file.path}: rope scaling {scaling!r} is not supported in drafts; {_ROPE_SCALING} are"
@@ -97,14 +101,17 @@ class DraftSpec:
         if activation not in ("silu", "gelu", "gelu_pytorch_tanh"):
             raise UnsupportedDraftError(f"{file.path}: activation {activation!r} is not supported; silu and gelu are")
         n_swa = int(number("attention.sliding_window", 0))
-        pattern = meta.get(f"{arch}.attention.sliding_window_pattern")
-        windowed = range(info.n_layer) if pattern is None else [i for i, on in enumerate(pattern) if on]
+        pattern = meta.get(f"{arch}.attention.sliding_window_pattern", [True] * info.n_layer)
+        if not isinstance(pattern, list):
+            raise UnsupportedDraftError(
+                f"{file.path}: {arch}.attention.sliding_window_pattern is {pattern!r}; a list, one entry a layer, was expected"
+            )
         taps = info.draft.taps
         return cls(
             path=file.path,
             arch=arch,
             name=info.name,
-            taps=default_taps(target.n_layer, info.draft.n_taps) if taps is None else taps,
+            taps=taps if taps is not None else default_taps(max(target.n_layer, 2), info.draft.n_taps),
             n_embd_target=info.draft.row_width // info.draft.n_taps,
             block_size=info.draft.block_size or 0,
             mask_token=-1 if info.draft.mask_token_id is None else info.draft.mask_token_id,
@@ -123,24 +130,34 @@ class DraftSpec:
             gelu=activation != "silu",
             causal=bool(meta.get(f"{arch}.attention.causal", False)),
             n_swa=n_swa,
-            swa_layers=tuple(windowed) if n_swa else (),
+            swa_layers=tuple(i for i, on in enumerate(pattern[: info.n_layer]) if on and n_swa),
         )
 
-    def _check(self, info: ModelInfo, target: ModelInfo) -> None:
+    def _check(self, info: ModelInfo, target: ModelInfo, *, has_embedding: bool) -> None:
+        assert info.draft is not None
+
         def require(good: bool, message: str) -> None:
             if not good:
                 raise DraftMismatchError(f"{self.path} does not fit {target.path.name}: {message}")
 
-        require(not target.is_draft, f"{target.path.name} is itself a draft")
         require(
             self.n_embd_target == target.n_embd,
             f"it reads taps {self.n_embd_target} wide, the target's hidden state is {target.n_embd} wide",
+        )
+        require(
+            has_embedding or self.n_embd == target.n_embd,
+            f"it is {self.n_embd} wide and has no embedding of its own, the target's is {target.n_embd} wide",
+        )
+        require(
+            len(self.taps) == info.draft.n_taps,
+            f"it reads {info.draft.n_taps} taps that it does not name, a target of {target.n_layer} blocks has {len(self.taps)}",
         )
         beyond = [t for t in self.taps if t >= target.n_layer]
         require(
             not beyond, f"it taps block {beyond[0] if beyond else 0}, the target has blocks 0 to {target.n_layer - 1}"
         )
-        require(2 <= self.block_size <= 64, f"its block size is {self.block_size or 'not given'}; 2 to 64 is possible")
+        size = info.draft.block_size
+        require(2 <= self.block_size <= 64, f"its block size is {'not given' if size is None else size}; 2 to 64 is possible")
         require(self.mask_token >= 0, "it names no mask token")
         if target.n_vocab is not None:
             require(

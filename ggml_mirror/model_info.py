@@ -8,13 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import ArgumentError, ModelFileError
+from .errors import ArgumentError, ModelFileError, UnsupportedDraftError
 from .gguf_file import GgufFile
 
 DEFAULT_N_TAPS = 5
 
-# Tensors that only drafts of later designs have; their graphs differ from DFlash's.
-_OTHER_DRAFTS = {"selector_hidden.weight": "DFlash2", "markov_w1.weight": "DSpark"}
+# Tensors that only drafts of other designs have; their graphs differ from DFlash's. The first names the design.
+_OTHER_DRAFTS = {
+    "DFlash2": ("selector_hidden.weight", "selector_prev.weight", "selector_next.weight"),
+    "DSpark": ("markov_w1.weight", "markov_w2.weight"),
+}
 
 _FUSION_WEIGHTS = ("fc.weight", "dflash.fc.weight", "dflash_fc.weight")
 
@@ -70,16 +73,17 @@ class ModelInfo:
         """Read the metadata of a target or draft.
 
         Raises:
-            ModelFileError: missing, truncated or foreign file, a draft of another design, or a key that is needed is
-                absent.
+            ModelFileError: missing, truncated or foreign file, or a key that is needed is absent.
+            UnsupportedDraftError: a draft of another design (DFlash2, DSpark); names the tensors that show it.
         """
         file = GgufFile.read(path)
         arch = _typed(file, "general.architecture", str)
         n_bytes = _all_parts_bytes(file)
-        for tensor, design in _OTHER_DRAFTS.items():
-            if tensor in file.tensors:
-                raise ModelFileError(
-                    f"{file.path}: a {design} draft (it has {tensor!r}); only DFlash drafts are supported"
+        for design, names in _OTHER_DRAFTS.items():
+            if names[0] in file.tensors:
+                found = ", ".join(name for name in names if name in file.tensors)
+                raise UnsupportedDraftError(
+                    f"{file.path}: a {design} draft (it has {found}); only DFlash drafts are supported"
                 )
         n_block = _count(file, f"{arch}.block_count")
         n_predict = file.metadata.get(f"{arch}.nextn_predict_layers", 0)

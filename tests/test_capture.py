@@ -402,6 +402,64 @@ def test_rows_of_an_earlier_attachment_are_not_read_as_the_present_sequences(loa
         mirror.read(start=30, count=1)
 
 
+@pytest.mark.parametrize("how", ["a loaded state", "an evaluation while not attached"])
+def test_of_an_exchanged_sequence_the_rows_of_the_shared_prefix_are_kept(
+    how: str, load: Load, mirror: FeatureMirror
+) -> None:
+    llm = load(exact=True)
+    before, now = _tokens(30), [*_tokens(30)[:12], *_tokens(20, seed=2)[1:]]
+    llm.eval(now)
+    saved = llm.save_state()
+    llm.reset()
+    with capture(llm, mirror, TAPS):
+        llm.eval(before)
+        if how == "a loaded state":
+            llm.load_state(saved)
+            llm.eval([65])
+    if how == "an evaluation while not attached":
+        llm.reset()
+        llm.eval(now)
+        with capture(llm, mirror, TAPS):
+            llm.eval([65])
+    assert mirror.positions.tolist() == [*range(12), len(now)]
+    expected = _fresh_rows(load, "llama", [*now, 65])
+    _assert_close(mirror.read(start=0, count=12), expected[:12], "llama")
+    _assert_close(mirror.read(start=len(now), count=1), expected[-1:], "llama")
+
+
+def test_attaching_again_to_the_same_sequence_keeps_its_rows(load: Load, mirror: FeatureMirror) -> None:
+    llm, tokens = load(exact=True), _tokens(30)
+    for start in 0, 10, 20:
+        with capture(llm, mirror, TAPS):
+            llm.eval(tokens[start : start + 10])
+    _assert_close(mirror.read(start=0, count=30), _fresh_rows(load, "llama", tokens), "llama")
+
+
+@pytest.mark.xfail(strict=True, reason="tokens are compared, taps are not: rows of the other taps stay readable")
+def test_rows_of_other_taps_are_not_read_as_the_present_ones(load: Load, mirror: FeatureMirror) -> None:
+    llm = load()
+    with capture(llm, mirror, TAPS):
+        llm.eval(_tokens(30))
+    with capture(llm, mirror, (2, 4, 5)):
+        llm.eval([65])
+        with pytest.raises(StaleRowError):
+            mirror.read(start=0, count=31)
+
+
+@pytest.mark.xfail(
+    strict=True, reason="mirror.target is set once and not compared: rows of the other model stay readable"
+)
+def test_rows_of_another_model_are_not_read_as_the_present_ones(load: Load, mirror: FeatureMirror) -> None:
+    """Refusing to attach is as good as forgetting."""
+    one, other = load("llama"), load("qwen3")
+    with capture(one, mirror, TAPS):
+        one.eval(_tokens(30))
+    other.eval(_tokens(30))
+    with pytest.raises(GgmlMirrorError), capture(other, mirror, TAPS):
+        other.eval([65])
+        mirror.read(start=0, count=31)
+
+
 # ------------------------------------------------------------------------------------------- the text is the same
 
 SAMPLED = {"temp": 0.9, "top_k": 40, "top_p": 0.95}

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from tiny_models import DRAFT_FORMATS, MASK, TARGET_ARCHS, write_tiny_draft, write_tiny_model
 
-from ggml_mirror.errors import ArgumentError, ModelFileError
+from ggml_mirror.errors import ArgumentError, ModelFileError, UnsupportedDraftError
 from ggml_mirror.gguf_file import GgufFile
 from ggml_mirror.model_info import ModelInfo, default_taps
 
@@ -243,7 +243,7 @@ def test_a_missing_key_is_named(missing: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("tensor", "design"), [("selector_hidden.weight", "DFlash2"), ("markov_w1.weight", "DSpark")])
 def test_drafts_of_other_designs_are_refused_by_name(tensor: str, design: str, tmp_path: Path) -> None:
     path = _write(tmp_path / "d.gguf", "dflash", lambda w: w.add_tensor(tensor, np.zeros((2, 2), np.float32)))
-    with pytest.raises(ModelFileError, match=design):
+    with pytest.raises(UnsupportedDraftError, match=rf"{design}.*{tensor}"):
         ModelInfo.read(path)
 
 

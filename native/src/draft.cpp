@@ -44,6 +44,14 @@ const gm_draft_params & checked(const gm_draft_params & p) {
     within(p.n_vocab, 1, 1 << 26, "n_vocab");
     within(p.mask_token, 0, p.n_vocab - 1, "mask_token");
     within(p.window, 1, int64_t(1) << 30, "window");
+    const auto number = [](float value, float low, const char * name) {
+        if (!std::isfinite(value) || value < low) throw error(GM_ERR_ARGUMENT, "draft: %s is %g; a number from %g is possible", name, double(value), double(low));
+    };
+    number(p.rms_eps, 0.0f, "rms_eps");
+    number(p.rope_base, 1.0f, "rope_base");
+    number(p.rope_scale, 0.0f, "rope_scale");
+    within(p.n_swa, 0, INT32_MAX, "n_swa");
+    if (p.n_rot % 2) throw error(GM_ERR_ARGUMENT, "draft: n_rot is %d; rotation takes pairs of values", p.n_rot);
     if (p.n_head % p.n_head_kv) throw error(GM_ERR_ARGUMENT, "draft: %d heads do not share %d key heads evenly", p.n_head, p.n_head_kv);
     return p;
 }
@@ -107,6 +115,11 @@ gm_draft::gm_draft(const gm_draft_params & params)
         if (t->ne[0] != params_.n_embd) {
             throw error(GM_ERR_WIDTH, "%s is %lld wide, the draft's hidden state %d", t->name, (long long) t->ne[0], params_.n_embd);
         }
+    }
+    const int64_t n_output = weights_.target_token.empty() ? params_.n_vocab : int64_t(weights_.target_token.size());
+    if (tok_embd_->ne[1] < params_.n_vocab || output_->ne[1] != n_output) {
+        throw error(GM_ERR_WIDTH, "%s has %lld rows and %s %lld; a vocabulary of %d was expected", tok_embd_->name, (long long) tok_embd_->ne[1],
+                    output_->name, (long long) output_->ne[1], params_.n_vocab);
     }
     if (device_of(tok_embd_) != device_ && !on_host(tok_embd_)) {
         throw error(GM_ERR_UNSUPPORTED, "%s lies on %s, which is neither the draft's device nor host memory", tok_embd_->name,
@@ -222,8 +235,10 @@ gm_draft::Graph gm_draft::build_block(int64_t n, int64_t n_kv) {
     const int64_t  hd = params_.head_dim, n_head = params_.n_head, n_head_kv = params_.n_head_kv;
     g.positions = input(ctx, ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n), "positions");
     g.slots     = input(ctx, ggml_new_tensor_1d(ctx, GGML_TYPE_I64, n), "slots");
-    g.mask      = input(ctx, ggml_new_tensor_2d(ctx, GGML_TYPE_F16, n_kv, n), "mask");
-    if (params_.n_swa > 0) g.mask_swa = input(ctx, ggml_new_tensor_2d(ctx, GGML_TYPE_F16, n_kv, n), "mask_swa");
+    // Only the masks that a layer uses: the graph gives no other tensor memory.
+    const uint64_t all = ~uint64_t(0) >> (64 - params_.n_layer), swa_layers = params_.n_swa > 0 ? params_.swa_layers & all : 0;
+    if (swa_layers != all) g.mask = input(ctx, ggml_new_tensor_2d(ctx, GGML_TYPE_F16, n_kv, n), "mask");
+    if (swa_layers) g.mask_swa = input(ctx, ggml_new_tensor_2d(ctx, GGML_TYPE_F16, n_kv, n), "mask_swa");
     ggml_tensor * x = nullptr;
     if (device_of(tok_embd_) == device_) {
         g.tokens = input(ctx, ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n), "tokens");
@@ -236,7 +251,7 @@ gm_draft::Graph gm_draft::build_block(int64_t n, int64_t n_kv) {
 
     for (size_t il = 0; il < weights_.layers.size(); ++il) {
         const gm::DraftLayer & l    = weights_.layers[il];
-        const bool             swa  = params_.n_swa > 0 && (params_.swa_layers >> il & 1);
+        const bool             swa  = swa_layers >> il & 1;
         ggml_tensor *          cur  = norm(ctx, x, l.attn_norm);
         ggml_tensor *          q    = ggml_reshape_3d(ctx, ggml_mul_mat(ctx, l.attn_q, cur), hd, n_head, n);
         q                           = rope(ctx, norm(ctx, q, l.attn_q_norm), g.positions);
@@ -316,7 +331,7 @@ gm_draft::Graph & gm_draft::head_graph(int64_t n) {
 
 // -------------------------------------------------------------------------------------------------- step
 
-void gm_draft::project(gm_mirror & mirror, int64_t start, int64_t count) {
+void gm_draft::project(gm_mirror & mirror, int64_t start, int64_t count, const uint64_t * versions) {
     Graph   direct;
     Graph * g     = nullptr;
     void *  place = mirror.device() == device_ ? mirror.in_place(start, count) : nullptr;
@@ -332,7 +347,6 @@ void gm_draft::project(gm_mirror & mirror, int64_t start, int64_t count) {
     Stopwatch            watch(times.project_ns);
     std::vector<int32_t> positions(static_cast<size_t>(count));
     std::vector<int64_t> slots(static_cast<size_t>(count));
-    const auto           versions = mirror.versions(start, count);
     for (int64_t i = 0; i < count; ++i) {
         positions[size_t(i)] = int32_t(start + i);
         slots[size_t(i)]     = (start + i) % kv_slots_;
@@ -341,12 +355,13 @@ void gm_draft::project(gm_mirror & mirror, int64_t start, int64_t count) {
     set(g->positions, positions.data());
     set(g->slots, slots.data());
     compute(*g, backend_.get());
-    for (int64_t i = 0; i < count; ++i) slots_[size_t(slots[size_t(i)])] = { start + i, versions[size_t(i)] };
+    for (int64_t i = 0; i < count; ++i) slots_[size_t(slots[size_t(i)])] = { start + i, versions[i] };
     times.rows_projected += count;
 }
 
 // Projects the rows of the range whose keys are missing, or of an older version of the row.
 void gm_draft::project_changed(gm_mirror & mirror, int64_t start, int64_t count) {
+    // Taken before the rows are read: a row that is rewritten meanwhile is projected again at the next step.
     const auto versions = mirror.versions(start, count);
     const auto fresh    = [&](int64_t i) {
         const Slot & s = slots_[size_t((start + i) % kv_slots_)];
@@ -356,7 +371,7 @@ void gm_draft::project_changed(gm_mirror & mirror, int64_t start, int64_t count)
         n = 1;
         if (fresh(i)) continue;
         while (n < kProjectRows && i + n < count && !fresh(i + n)) ++n;
-        project(mirror, start + i, n);
+        project(mirror, start + i, n, versions.data() + i);
     }
 }
 
@@ -440,10 +455,21 @@ int64_t gm_draft::step(gm_mirror & mirror, int64_t n_past, int32_t last_token, i
 
 void gm_draft::logits(int64_t n_values, float * out) {
     if (!last_logits_) throw error(GM_ERR_ARGUMENT, "there was no draft step whose logits could be read");
-    if (n_values != ggml_nelements(last_logits_)) {
-        throw error(GM_ERR_ARGUMENT, "the last step gave %lld logits, not %lld", (long long) ggml_nelements(last_logits_), (long long) n_values);
+    const int64_t n = last_logits_->ne[1], n_vocab = params_.n_vocab;
+    if (n_values != n * n_vocab) {
+        throw error(GM_ERR_ARGUMENT, "the last step gave %lld logits, not %lld", (long long) (n * n_vocab), (long long) n_values);
     }
-    ggml_backend_tensor_get(last_logits_, out, 0, ggml_nbytes(last_logits_));
+    if (weights_.target_token.empty()) {
+        ggml_backend_tensor_get(last_logits_, out, 0, ggml_nbytes(last_logits_));
+        return;
+    }
+    // A reduced vocabulary: the target's tokens that the draft cannot propose have no probability.
+    std::vector<float> own(static_cast<size_t>(ggml_nelements(last_logits_)));
+    ggml_backend_tensor_get(last_logits_, own.data(), 0, ggml_nbytes(last_logits_));
+    std::fill(out, out + n_values, -INFINITY);
+    for (int64_t i = 0; i < n; ++i) {
+        for (int64_t t = 0; t < last_logits_->ne[0]; ++t) out[i * n_vocab + weights_.target_token[size_t(t)]] = own[size_t(i * last_logits_->ne[0] + t)];
+    }
 }
 
 // ------------------------------------------------------------------------------------------------- C ABI

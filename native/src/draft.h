@@ -52,7 +52,7 @@ struct gm_draft {
     Graph & head_graph(int64_t n);
 
     void project_changed(gm_mirror & mirror, int64_t start, int64_t count);
-    void project(gm_mirror & mirror, int64_t start, int64_t count);
+    void project(gm_mirror & mirror, int64_t start, int64_t count, const uint64_t * versions);
     void fill_masks(const Graph & g, int64_t n, int64_t n_kv, int64_t context_start, int64_t n_past);
     void set_embeddings(ggml_tensor * embeddings, const std::vector<int32_t> & tokens);
     void start(Graph & g, ggml_backend_t backend);

@@ -67,9 +67,15 @@ class Layout {
     ggml_tensor * optional(std::initializer_list<std::string> names, int64_t ne0, int64_t ne1 = 1) {
         const ggml_tensor * found = file_.find(names);
         if (!found) return nullptr;
-        if (found->ne[0] != ne0 || (ne1 >= 0 && found->ne[1] != ne1) || found->ne[2] != 1) {
+        if (found->ne[0] != ne0 || (ne1 >= 0 && found->ne[1] != ne1) || found->ne[2] != 1 || found->ne[3] != 1) {
             throw error(GM_ERR_ARGUMENT, "%.200s: tensor %.60s is [%lld, %lld], not [%lld, %lld]", file_.path.c_str(), found->name,
                         (long long) found->ne[0], (long long) found->ne[1], (long long) ne0, (long long) ne1);
+        }
+        // As llama.cpp has them: vectors in F32, matrices in any type that it multiplies with. ggml aborts at others.
+        const bool vector = ne1 == 1;
+        if (vector ? found->type != GGML_TYPE_F32 : found->type != GGML_TYPE_F32 && !ggml_get_type_traits(found->type)->to_float) {
+            throw error(GM_ERR_ARGUMENT, "%.200s: tensor %.60s is %s; %s was expected", file_.path.c_str(), found->name, ggml_type_name(found->type),
+                        vector ? "f32" : "a matrix of floats");
         }
         ggml_tensor * t = ggml_dup_tensor(ctx.get(), found);
         ggml_set_name(t, found->name);
@@ -96,7 +102,7 @@ DraftWeights lay_out(const DraftFile & file, Layout & layout) {
     w.fc          = layout.needed({ "fc.weight", "dflash.fc.weight", "dflash_fc.weight" }, int64_t(p.n_taps) * p.n_embd_target, n);
     w.hidden_norm = layout.needed({ "enc.output_norm.weight", "dflash.hidden_norm.weight", "dflash_hidden_norm.weight" }, n);
     w.output_norm = layout.needed({ "output_norm.weight" }, n);
-    w.rope_freqs  = layout.optional({ "rope_freqs.weight", "blk.0.rope_freqs.weight" }, p.n_rot / 2);
+    w.rope_freqs  = layout.optional({ "rope_freqs.weight", "blk.0.rope_freqs.weight" }, p.head_dim / 2);
     w.tok_embd    = layout.optional({ "token_embd.weight" }, n, -1);
     w.output      = layout.optional({ "output.weight" }, n, -1);
     if (!w.output) w.output = w.tok_embd;
@@ -106,6 +112,11 @@ DraftWeights lay_out(const DraftFile & file, Layout & layout) {
         }
         w.target_token.resize(size_t(d2t->ne[0]));
         file.read(d2t, w.target_token.data());
+        for (const int64_t token : w.target_token) {
+            if (token < 0 || token >= p.n_vocab) {
+                throw error(GM_ERR_ARGUMENT, "%.300s: d2t names token %lld, the target has %d", file.path.c_str(), (long long) token, p.n_vocab);
+            }
+        }
     }
     for (int32_t il = 0; il < p.n_layer; ++il) {
         const std::string blk = "blk." + std::to_string(il) + ".";

@@ -5,6 +5,8 @@
 #include "rows_host.h"
 
 #include "ggml-alloc.h"
+#include "ggml-backend.h"
+#include "ggml-cpp.h"
 
 namespace gm {
 

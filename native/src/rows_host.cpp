@@ -5,7 +5,6 @@
 #include <cfloat>
 #include <cmath>
 #include <cstring>
-#include <thread>
 #include <vector>
 
 // The package is one wheel per platform, so wide vectors are chosen at run time, by the loader.
@@ -91,61 +90,61 @@ void quantize_checked(const Dtype & d, const float * x, void * y, int64_t n, Tal
 
 int HostThreads::resolve(int n_threads) {
     const int cores = int(std::max(1u, std::thread::hardware_concurrency()));
-    return std::min(n_threads > 0 ? n_threads : cores, 512);
+    return std::min(n_threads > 0 ? n_threads : std::min(cores, 8), 512);
 }
 
-HostThreads::HostThreads(int n_threads) : n_threads_(resolve(n_threads)) {
-    if (n_threads_ == 1) return;
-    auto * device = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
-    if (device) backend_.reset(ggml_backend_dev_init(device, nullptr));
-    using SetThreads = void (*)(ggml_backend_t, int);
-    auto set_threads = device ? reinterpret_cast<SetThreads>(ggml_backend_reg_get_proc_address(
-                                    ggml_backend_dev_backend_reg(device), "ggml_backend_set_n_threads"))
-                              : nullptr;
-    if (backend_ && set_threads) {
-        set_threads(backend_.get(), n_threads_);
-    } else {
-        backend_.reset();
-        n_threads_ = 1;
+HostThreads::HostThreads(int n_threads) : n_threads_(resolve(n_threads)) {}
+
+HostThreads::~HostThreads() {
+    {
+        std::lock_guard<std::mutex> lock(mutex_);
+        stop_ = true;
     }
+    begun_.notify_all();
+    for (std::thread & worker : workers_) worker.join();
 }
 
-namespace {
-// Work in small pieces, taken by whichever thread is free: a thread that was put to sleep does not hold up its share.
-struct Pieces {
-    const std::function<void(int64_t, int64_t)> * body;
-    int64_t                                       n, piece;
+struct HostThreads::Job {
+    const std::function<void(int64_t, int64_t)> & body;
+    const int64_t                                 n, piece;
     std::atomic<int64_t>                          next{ 0 };
+
+    void work() {
+        for (int64_t first; (first = next.fetch_add(piece)) < n;) body(first, std::min(first + piece, n));
+    }
 };
 
-// A ggml custom op. Bodies do not throw.
-void run_pieces(ggml_tensor *, int, int, void * user_data) {
-    auto & pieces = *static_cast<Pieces *>(user_data);
-    for (int64_t first; (first = pieces.next.fetch_add(pieces.piece)) < pieces.n;) {
-        (*pieces.body)(first, std::min(first + pieces.piece, pieces.n));
+void HostThreads::help() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    for (uint64_t seen = 0; !stop_; seen = number_) {
+        begun_.wait(lock, [&] { return stop_ || number_ != seen; });
+        if (!job_ || stop_) continue;  // over before this thread woke
+        Job * job = job_;
+        ++busy_;
+        lock.unlock();
+        job->work();
+        lock.lock();
+        if (--busy_ == 0) done_.notify_all();
     }
 }
-} // namespace
 
 void HostThreads::run(int64_t n, uint64_t bytes, const std::function<void(int64_t, int64_t)> & body) {
     if (n_threads_ == 1 || n < 2 || bytes < kInlineBytes) {
         if (n > 0) body(0, n);
         return;
     }
-    // Using ggml's own pool keeps the thread count of the process as the user set it.
-    Pieces pieces;
-    pieces.body  = &body;
-    pieces.n     = n;
-    pieces.piece = std::max<int64_t>(1, n / (8 * n_threads_));
-    const ggml_init_params  params{ 4096 + ggml_graph_overhead_custom(8, false), nullptr, false };
-    ggml_context_ptr        ctx(ggml_init(params));
-    if (!ctx) throw error(GM_ERR_MEMORY, "out of host memory for a compute graph");
-    ggml_tensor * op = ggml_custom_4d(ctx.get(), GGML_TYPE_F32, 1, 1, 1, 1, nullptr, 0, run_pieces, GGML_N_TASKS_MAX, &pieces);
-    ggml_cgraph * graph = ggml_new_graph_custom(ctx.get(), 8, false);
-    ggml_build_forward_expand(graph, op);
-    if (ggml_backend_graph_compute(backend_.get(), graph) != GGML_STATUS_SUCCESS) {
-        throw error(GM_ERR_BACKEND, "the ggml CPU backend failed to run its threads");
+    while (int(workers_.size()) + 1 < n_threads_) workers_.emplace_back([this] { help(); });
+    Job job{ body, n, std::max<int64_t>(1, n / (8 * n_threads_)) };
+    {
+        std::lock_guard<std::mutex> lock(mutex_);
+        job_ = &job;
+        ++number_;
     }
+    begun_.notify_all();
+    job.work();
+    std::unique_lock<std::mutex> lock(mutex_);
+    job_ = nullptr;
+    done_.wait(lock, [&] { return busy_ == 0; });
 }
 
 } // namespace gm

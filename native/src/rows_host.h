@@ -2,10 +2,12 @@
 #pragma once
 
 #include "dtype.h"
-#include "ggml-backend.h"
-#include "ggml-cpp.h"
 
+#include <condition_variable>
 #include <functional>
+#include <mutex>
+#include <thread>
+#include <vector>
 
 namespace gm {
 
@@ -22,17 +24,34 @@ void quantize_checked(const Dtype & dtype, const float * x, void * y, int64_t n,
 // Counts and replaces in x what the dtype cannot hold; the slow path behind quantize_checked.
 void sanitize(const Dtype & dtype, float * x, int64_t n, Tally & tally);
 
-// Runs body(first, last) over slices of 0..n on the threads of a ggml CPU backend; inline when `bytes` is small.
+// Runs body(first, last) over pieces of 0..n, on the calling thread and on workers that come to help. The caller waits only for pieces that a
+// worker has begun: on a busy machine, where a worker is not scheduled in time, it does the work alone and no slower than one thread.
+// (A fork-join pool such as ggml's waits for every thread: a conversion of 3 ms then took 32.)
 class HostThreads {
   public:
-    explicit HostThreads(int n_threads);  // 0: all cores
+    explicit HostThreads(int n_threads);  // 0: all cores, up to 8: conversions are bound by memory
+    ~HostThreads();
+    HostThreads(const HostThreads &)             = delete;
+    HostThreads & operator=(const HostThreads &) = delete;
+
+    // Small work (`bytes`) is done inline. Bodies do not throw. One call at a time.
     void run(int64_t n, uint64_t bytes, const std::function<void(int64_t, int64_t)> & body);
-    int  n_threads() const { return n_threads_; }
-    static int resolve(int n_threads);  // 0 -> all cores
+
+    int        n_threads() const { return n_threads_; }
+    static int resolve(int n_threads);
 
   private:
-    int                n_threads_;
-    ggml_backend_ptr   backend_;
+    struct Job;
+    void help();
+
+    int                      n_threads_;
+    std::vector<std::thread> workers_;  // started by the first large job
+    std::mutex               mutex_;
+    std::condition_variable  begun_, done_;
+    Job *                    job_    = nullptr;
+    uint64_t                 number_ = 0;  // of the job, so that a worker takes each once
+    int                      busy_   = 0;  // workers inside job_
+    bool                     stop_   = false;
 };
 
 } // namespace gm

@@ -207,11 +207,12 @@ def assert_same_bytes(
 
 
 def _positive_zeros(dtype: FeatureDtype, stored: Bytes, subnormals: bool) -> Bytes:
-    """-0.0 as 0.0; with ``subnormals`` those of float32 (and so of bf16) as well, which GPUs may flush."""
-    kind, sign = (np.uint32, 0x80000000) if dtype is FeatureDtype.F32 else (np.uint16, 0x8000)
-    exponent = {FeatureDtype.F32: 0x7F800000, FeatureDtype.BF16: 0x7F80}.get(dtype, 0) if subnormals else 0
+    """-0.0 as 0.0; with ``subnormals`` what can come of those of float32 as well, which GPUs may flush."""
+    kind, magnitude = (np.uint32, 0x7FFFFFFF) if dtype is FeatureDtype.F32 else (np.uint16, 0x7FFF)
+    # As bit patterns. In bf16 the largest subnormals are rounded up to 2^-126; f16 has none of them.
+    largest = {FeatureDtype.F32: 0x007FFFFF, FeatureDtype.BF16: 0x0080}.get(dtype, 0) if subnormals else 0
     values = stored.copy().view(kind)
-    values[(values == sign) | ((values & exponent == 0) if exponent else False)] = 0
+    values[values & magnitude <= largest] = 0
     return values.view(np.uint8)
 
 

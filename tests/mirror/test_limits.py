@@ -13,7 +13,7 @@ from .reference import BLOCK, Floats
 
 
 def largest_blocks(limit: float) -> Floats:
-    """Rows of eight blocks, each of one value of magnitude ``limit``, either sign, beside 31 equal ones at each multiple of limit / 508."""
+    """Rows of eight blocks: a value of magnitude ``limit``, either sign, beside 31 equal ones at a multiple of limit / 508."""
     x = np.repeat(np.arange(-508, 508)[:, None] / 508 * limit, BLOCK, axis=1)
     x[:, 0] = limit
     return np.concatenate([x, -x]).astype(np.float32).reshape(-1, 8 * BLOCK)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -44,13 +43,6 @@ def _read_only(n: int, width: int) -> Floats:
     x.flags.writeable = False
     return x
 
-
-#: Copied as they are, these end the process on CUDA: cudaMemcpy2D wants a pitch of a row at least.
-CLOSER_THAN_THEIR_WIDTH = ("one row broadcast", "overlapping windows")
-
-#: Taken as they are, these are float references at odd addresses: UBSan ends the process.
-MISALIGNED = ("misaligned", "misaligned rows")
-SANITIZED = "ubsan" in os.environ.get("LD_PRELOAD", "")
 
 #: name -> (n, width) -> array. What it means is what numpy.ascontiguousarray makes of it.
 LAYOUTS: dict[str, Callable[[int, int], Floats]] = {

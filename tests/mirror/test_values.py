@@ -140,6 +140,7 @@ def test_overflows_of_f16_are_counted_whatever_the_dtype(place: Place, dtype: Fe
 
 
 def test_nan_leaves_the_bytes_of_its_neighbours_as_a_zero_would(place: Place, dtype: FeatureDtype) -> None:
+    """(A GPU's own zero may be the negative one.)"""
     x = np.random.default_rng(2).standard_normal((4, WIDTH)).astype(np.float32)
     zeroed = x.copy()
     x[:, ::7], zeroed[:, ::7] = np.nan, 0
@@ -147,6 +148,8 @@ def test_nan_leaves_the_bytes_of_its_neighbours_as_a_zero_would(place: Place, dt
         m.write_rows(start=0, rows=x)
         m.write_rows(start=4, rows=zeroed)
         rows = m.snapshot().rows
+    if not place.is_host:
+        rows = reference.dequantize(dtype, rows)
     np.testing.assert_array_equal(rows[:4], rows[4:])
 
 

@@ -1,0 +1,440 @@
+"""A draft step against llama.cpp's own graph and a numpy one; and what keys and values are remembered, and when not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from gguf_edit import edit_gguf
+from llama_cpp import Llama
+from llama_dflash import Floats, LlamaDFlash, NumpyDFlash, least_cosine, relative_difference
+from tiny_models import DRAFT_FORMATS, MASK, N_VOCAB, write_tiny_draft, write_tiny_model
+
+from ggml_mirror import FeatureMirror, capture
+from ggml_mirror.capture import Hook, prepare
+from ggml_mirror.draft import Draft, DraftSpec, draft_bytes
+from ggml_mirror.errors import ArgumentError, ClosedError, ShapeError
+from ggml_mirror.model_info import ModelInfo
+
+TOLERANCE = 1e-3  # of the largest logit
+BLOCK, TAPS, N_EMBD = 8, 5, 64
+LAST = ord("k")
+DEMO_DRAFT = Path(__file__).parent.parent / "models/smollm2-135m-instruct-dflash-q8_0.gguf"
+
+
+class Bench:
+    """A target whose drafts are stepped over rows that the test chooses."""
+
+    def __init__(self, path: Path, n_ctx: int = 64) -> None:
+        self.path, self.info = path, ModelInfo.read(path)
+        self.llm = Llama(str(path), n_ctx=n_ctx, n_threads=1, n_threads_batch=1, flash_attn=True, verbose=False)
+        self.hook: Hook = prepare(self.llm)
+        self.open = ExitStack()
+
+    def draft(self, path: Path, window: int = 400) -> Draft:
+        draft = Draft(
+            DraftSpec.read(path, self.info),
+            n_vocab=self.llm.n_vocab(),
+            tok_embd=self.hook.tok_embd,
+            output=self.hook.output,
+            device_index=self.hook.output_device().index,
+            window=window,
+            n_threads=1,
+        )
+        self.open.callback(draft.close)
+        return draft
+
+    def oracle(self, path: Path, *, causal: bool = False) -> LlamaDFlash:
+        oracle = LlamaDFlash(path, self.llm, causal=causal)
+        self.open.callback(oracle.close)
+        return oracle
+
+    def mirror(self, cap: int = 512, dtype: str = "f32") -> FeatureMirror:
+        return self.open.enter_context(FeatureMirror(taps=TAPS, n_embd=N_EMBD, cap=cap, dtype=dtype, n_threads=1))
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    bench = Bench(write_tiny_model(tmp_path_factory.mktemp("target") / "target.gguf"))
+    yield bench
+    bench.llm.close()
+
+
+@pytest.fixture
+def bench(tiny: Bench) -> Iterator[Bench]:
+    with ExitStack() as tiny.open:
+        yield tiny
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_draft(tmp_path_factory.mktemp("draft") / "plain.gguf")
+
+
+def rows_of(n: int, seed: int = 0, width: int = TAPS * N_EMBD) -> Floats:
+    return np.random.default_rng(seed).normal(0, 3, (n, width)).astype(np.float32)
+
+
+def noise(n: int = BLOCK, mask: int = MASK) -> list[int]:
+    return [LAST, *[mask] * (n - 1)]
+
+
+def step(draft: Draft, mirror: FeatureMirror, n_past: int, n_tokens: int = BLOCK - 1) -> tuple[Floats, int]:
+    """Logits and context of a step whose tokens are the logits' largest."""
+    tokens, context = draft.step(mirror, n_past=n_past, last_token=LAST, n_tokens=n_tokens)
+    logits = draft.logits()
+    assert logits.shape == (n_tokens + 1, N_VOCAB)
+    assert tokens == logits[1:].argmax(-1).tolist()
+    return logits, context
+
+
+def assert_agree(got: Floats, wanted: Floats) -> None:
+    assert relative_difference(got, wanted) < TOLERANCE
+    assert least_cosine(got, wanted) > 1 - 1e-6
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "f32": {"matrix_type": "f32"},
+    "q8_0": {"matrix_type": "q8_0"},
+    "wide heads": {"head_dim": 32, "n_head": 4, "n_head_kv": 1, "n_layer": 3},
+    "window": {"sliding_window": 24, "sliding_window_pattern": [True, False, True, False], "n_layer": 4},
+    "window of a block": {"sliding_window": 6, "sliding_window_pattern": [True, True]},
+    "causal": {"causal": True},
+    "causal window": {"causal": True, "sliding_window": 40, "sliding_window_pattern": [True, False]},
+}
+
+
+@pytest.mark.parametrize("n_past", [0, 1, 30, 247, 256, 300])
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_are_those_of_llama_cpps_own_graph(kind: str, n_past: int, bench: Bench, tmp_path: Path) -> None:
+    path = write_tiny_draft(tmp_path / "draft.gguf", **KINDS[kind])
+    draft, oracle = bench.draft(path), bench.oracle(path, causal="causal" in kind)
+    mirror, rows = bench.mirror(), rows_of(n_past)
+    mirror.write_rows(start=0, rows=rows)
+    if n_past:
+        oracle.inject(0, rows)
+    got, context = step(draft, mirror, n_past)
+    assert context == n_past
+    assert_agree(got, oracle.logits(n_past, noise()))
+
+
+@pytest.mark.parametrize("fmt", DRAFT_FORMATS)
+@pytest.mark.parametrize("n_past", [0, 5, 270])
+def test_logits_are_those_of_numpy(fmt: str, n_past: int, bench: Bench, tmp_path: Path) -> None:
+    kind: dict[str, Any] = {"sliding_window": 24, "n_layer": 3, "sliding_window_pattern": [True, False, True]}
+    path = write_tiny_draft(tmp_path / "draft.gguf", fmt, matrix_type="f32", **kind)
+    mirror, rows = bench.mirror(), rows_of(n_past)
+    mirror.write_rows(start=0, rows=rows)
+    got, _ = step(bench.draft(path), mirror, n_past)
+    wanted = NumpyDFlash(path, bench.path).logits(0, rows, n_past, noise())
+    # Flash attention on CPU rounds queries and sums of values to F16, as llama.cpp's own graph does.
+    assert relative_difference(got, wanted) < 1e-2
+    assert least_cosine(got, wanted) > 0.9999
+
+
+def test_the_comparison_sees_one_row_that_is_missing_or_elsewhere(bench: Bench, plain: Path) -> None:
+    rows = rows_of(100)
+    mirror = bench.mirror()
+    mirror.write_rows(start=0, rows=rows)
+    got, _ = step(bench.draft(plain), mirror, 100)
+    for start, given in ((1, rows[1:]), (0, rows[:99]), (0, np.roll(rows, 1, axis=0))):
+        oracle = bench.oracle(plain)
+        oracle.inject(start, given)
+        assert relative_difference(got, oracle.logits(100, noise())) > 2 * TOLERANCE
+
+
+FEATURES: dict[str, dict[str, Any]] = {
+    "scales": {
+        "keys": {
+            "dflash.embedding_scale": 2.5,
+            "dflash.attention.scale": 0.2,
+            "dflash.attention.value_scale": 0.7,
+        }
+    },
+    "gelu": {"keys": {"dflash.hidden_activation": "gelu"}},
+    "stretched rope": {"keys": {"dflash.rope.scaling.type": "linear", "dflash.rope.scaling.factor": 4.0}},
+    "stretched rope by default": {"keys": {"dflash.rope.scaling.factor": 4.0}},
+    "unused rope factor": {"keys": {"dflash.rope.scaling.type": "none", "dflash.rope.scaling.factor": 4.0}},
+    "half rope": {"keys": {"dflash.rope.dimension_count": 8}},
+    "rope sections": {"keys": {"dflash.rope.dimension_sections": [8, 0, 0, 0]}},
+    "values are keys": {"without": ["blk.0.attn_v.weight", "blk.1.attn_v.weight"]},
+    "post norms": {
+        "tensors": {
+            f"blk.{il}.{name}.weight": np.linspace(0.5, 1.5, N_EMBD, dtype=np.float32)
+            for il in range(2)
+            for name in ("post_attention_norm", "post_ffw_norm")
+        }
+    },
+    "sinks": {
+        "tensors": {f"blk.{il}.attn_sinks.weight": np.array([0.5, -1, 2, 0], np.float32) for il in range(2)}
+    },
+    "layer scales": {"tensors": {f"blk.{il}.layer_output_scale.weight": np.array([0.6], np.float32) for il in range(2)}},
+    "rope factors": {"tensors": {"rope_freqs.weight": np.linspace(1, 8, 8, dtype=np.float32)}},
+    "own matrices": {
+        "tensors": {"token_embd.weight": rows_of(N_VOCAB, 1, N_EMBD), "output.weight": rows_of(N_VOCAB, 2, N_EMBD)}
+    },
+    "own embedding": {"tensors": {"token_embd.weight": rows_of(N_VOCAB, 1, N_EMBD)}},
+}
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_optional_parts_of_a_draft_are_as_in_llama_cpp(feature: str, bench: Bench, plain: Path, tmp_path: Path) -> None:
+    path = edit_gguf(plain, tmp_path / "draft.gguf", **FEATURES[feature])
+    mirror, rows, oracle = bench.mirror(), rows_of(40), bench.oracle(path)
+    mirror.write_rows(start=0, rows=rows)
+    oracle.inject(0, rows)
+    got, _ = step(bench.draft(path), mirror, 40)
+    if feature == "rope sections":  # llama.cpp wants four positions per token there; text has the same in all of them
+        assert_agree(got, step(bench.draft(plain), mirror, 40)[0])
+        return
+    assert_agree(got, oracle.logits(40, noise()))
+    plainly, _ = step(bench.draft(plain), mirror, 40)
+    assert (relative_difference(plainly, got) < TOLERANCE) == (feature == "unused rope factor")
+
+
+def test_a_reduced_vocabulary_is_mapped_to_the_targets(bench: Bench, plain: Path, tmp_path: Path) -> None:
+    chosen = np.array([70, 10, 100, 101, 33, 44], np.int64)
+    path = edit_gguf(
+        plain, tmp_path / "draft.gguf", tensors={"output.weight": rows_of(len(chosen), 2, N_EMBD), "d2t": chosen}
+    )
+    mirror, rows, oracle = bench.mirror(), rows_of(40), bench.oracle(path)
+    mirror.write_rows(start=0, rows=rows)
+    oracle.inject(0, rows)
+    got, _ = step(bench.draft(path), mirror, 40)
+    wanted = oracle.logits(40, noise())
+    assert np.isneginf(np.delete(got, chosen, axis=1)).all()
+    assert_agree(got[:, chosen], wanted[:, chosen])
+
+
+@pytest.mark.parametrize("n_tokens", range(1, BLOCK))
+def test_shorter_blocks(n_tokens: int, bench: Bench, plain: Path) -> None:
+    mirror, rows, oracle = bench.mirror(), rows_of(50), bench.oracle(plain)
+    mirror.write_rows(start=0, rows=rows)
+    oracle.inject(0, rows)
+    got, _ = step(bench.draft(plain), mirror, 50, n_tokens)
+    assert_agree(got, oracle.logits(50, noise(n_tokens + 1)))
+
+
+@pytest.mark.parametrize("kind", ["plain", "window"])
+def test_a_wrapped_window_is_the_windows_rows_alone(kind: str, bench: Bench, tmp_path: Path) -> None:
+    path = write_tiny_draft(tmp_path / "draft.gguf", **KINDS[kind])
+    window, rows = 100, rows_of(900)
+    draft, mirror = bench.draft(path, window), bench.mirror(cap=window + BLOCK)
+    # 7 positions a step: the rings (256 slots of keys, 108 rows) wrap at every phase of a block.
+    compare = {245, 252, 259, 266, 511, 518, 525, 763, 770, 777}
+    for n_past in range(7, 800, 7):
+        mirror.write_rows(start=n_past - 7, rows=rows[n_past - 7 : n_past])
+        got, context = step(draft, mirror, n_past)
+        assert context == min(n_past, window)
+        if n_past in compare:
+            start = n_past - context
+            oracle = bench.oracle(path)
+            oracle.inject(start, rows[start:n_past])
+            assert_agree(got, oracle.logits(n_past, noise()))
+    assert draft.times().rows_projected == 798  # each row once
+
+
+def test_the_demo_pair_on_features_of_its_target(demo_target: Path) -> None:
+    text = b"def largest(numbers):\n    best = None\n    for n in numbers:\n        if best is None or n > best:\n"
+    bench = Bench(demo_target, n_ctx=512)
+    with bench.open:
+        spec = DraftSpec.read(DEMO_DRAFT, bench.info)
+        with FeatureMirror(taps=5, n_embd=576, cap=512, dtype="f32", n_threads=1) as mirror:
+            tokens = bench.llm.tokenize(text * 12)[:300]
+            assert len(tokens) == 300
+            with capture(bench.llm, mirror, spec.taps):
+                bench.llm.eval(tokens)
+            rows = mirror.read(start=0, count=300)
+            for n_past in (40, 299):
+                draft, oracle = bench.draft(DEMO_DRAFT), bench.oracle(DEMO_DRAFT)
+                mirror.truncate(n_past)
+                mirror.write_rows(start=0, rows=rows[:n_past])
+                drafted, context = draft.step(mirror, n_past=n_past, last_token=tokens[n_past], n_tokens=7)
+                assert context == n_past
+                oracle.inject(0, rows[:n_past])
+                wanted = oracle.logits(n_past, [tokens[n_past], *[spec.mask_token] * 7])
+                assert_agree(draft.logits(), wanted)
+                assert drafted == wanted[1:].argmax(-1).tolist()
+                draft.close()
+        # A trained draft on text that repeats: the features are the right ones, in the right order.
+        assert drafted[:0] == tokens[300:]
+    bench.llm.close()
+
+
+# --------------------------------------------------------------------------------------- what is remembered
+
+
+@pytest.mark.parametrize("dtype", ["f32", "q8_0"])
+@pytest.mark.parametrize("change", ["rewrite", "truncate", "clear", "restore", "another mirror"])
+def test_after_any_change_of_rows_a_step_is_that_of_a_new_draft(
+    change: str, dtype: str, bench: Bench, plain: Path
+) -> None:
+    draft, mirror, rows, other = bench.draft(plain), bench.mirror(dtype=dtype), rows_of(120), rows_of(120, seed=1)
+    mirror.write_rows(start=0, rows=rows)
+    saved = mirror.snapshot()
+    before, _ = step(draft, mirror, 120)
+    projected = 120
+    if change == "rewrite":
+        mirror.write_rows(start=37, rows=other[37:50])
+        projected += 13
+    elif change == "truncate":
+        mirror.truncate(100)
+        mirror.write_rows(start=100, rows=other[100:])
+        projected += 20
+    elif change == "clear":
+        mirror.clear()
+        mirror.write_rows(start=0, rows=other)
+        projected += 120
+    elif change == "restore":
+        mirror.write_rows(start=0, rows=other)
+        step(draft, mirror, 120)
+        mirror.restore(saved)
+        projected += 240
+    else:
+        mirror = bench.mirror(dtype=dtype)
+        mirror.write_rows(start=0, rows=other)
+        projected += 120
+    got, context = step(draft, mirror, 120)
+    assert context == 120
+    assert draft.times().rows_projected == projected
+    np.testing.assert_array_equal(got, step(bench.draft(plain), mirror, 120)[0])
+    assert np.array_equal(got, before) == (change == "restore")
+
+
+def test_the_blocks_noise_is_no_later_steps_context(bench: Bench, plain: Path) -> None:
+    draft, mirror, rows = bench.draft(plain), bench.mirror(), rows_of(80)
+    mirror.write_rows(start=0, rows=rows[:60])
+    step(draft, mirror, 60)
+    mirror.write_rows(start=60, rows=rows[60:65])
+    got, context = step(draft, mirror, 65)
+    assert context == 65
+    np.testing.assert_array_equal(got, step(bench.draft(plain), mirror, 65)[0])
+    # Back again, as after a reject: positions that the last block covered are rows once more.
+    mirror.truncate(61)
+    got, context = step(draft, mirror, 61)
+    assert context == 61
+    np.testing.assert_array_equal(got, step(bench.draft(plain), mirror, 61)[0])
+
+
+def test_unchanged_rows_are_projected_once(bench: Bench, plain: Path) -> None:
+    draft, mirror = bench.draft(plain), bench.mirror()
+    mirror.write_rows(start=0, rows=rows_of(300))
+    first, _ = step(draft, mirror, 300)
+    again, _ = step(draft, mirror, 300)
+    np.testing.assert_array_equal(first, again)
+    assert draft.times().rows_projected == 300
+    draft.reset_times()
+    assert draft.times().steps == draft.times().rows_projected == 0
+
+
+def test_rows_that_are_missing_before_the_block_end_the_context(bench: Bench, plain: Path) -> None:
+    draft, rows = bench.draft(plain), rows_of(60)
+    mirror = bench.mirror()
+    mirror.write_rows(start=0, rows=rows[:30])
+    mirror.write(tap=0, start=30, rows=rows[30:31, :N_EMBD])  # a partial row
+    mirror.write_rows(start=31, rows=rows[31:60])
+    got, context = step(draft, mirror, 60)
+    assert context == 29
+    oracle = bench.oracle(plain)
+    oracle.inject(31, rows[31:60])
+    assert_agree(got, oracle.logits(60, noise()))
+    # Row 60 itself is not there, nor any right before 70: the block alone.
+    for n_past in (61, 70, 31):
+        got, context = step(draft, mirror, n_past)
+        assert context == 0
+        assert_agree(got, bench.oracle(plain).logits(n_past, noise()))
+    assert step(draft, mirror, 30)[1] == 30
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "f16", "q8_0", "q4_0"])
+def test_rows_of_other_dtypes_enter_as_they_are_read(dtype: str, bench: Bench, plain: Path) -> None:
+    stored, exact = bench.mirror(dtype=dtype), bench.mirror()
+    stored.write_rows(start=0, rows=rows_of(300))
+    exact.write_rows(start=0, rows=stored.read(start=0, count=300))
+    got, _ = step(bench.draft(plain), stored, 300)
+    wanted, _ = step(bench.draft(plain), exact, 300)
+    np.testing.assert_array_equal(got, wanted)
+
+
+def test_rows_used_in_place_and_rows_that_were_read_are_the_same(bench: Bench, plain: Path) -> None:
+    rows = rows_of(250)
+    unwrapped, wrapped = bench.mirror(cap=512), bench.mirror(cap=260)
+    drafts = []
+    for mirror in (unwrapped, wrapped):
+        mirror.write_rows(start=150, rows=rows)  # over slot 260 of one of them
+        drafts.append(bench.draft(plain))
+    logits = [step(draft, mirror, 400)[0] for draft, mirror in zip(drafts, (unwrapped, wrapped), strict=True)]
+    np.testing.assert_array_equal(*logits)
+    assert drafts[0].times().read_ns == 0 < drafts[1].times().read_ns
+    assert drafts[0].times().rows_projected == drafts[1].times().rows_projected == 250
+
+
+def test_scratch_memory_does_not_grow_with_steps(bench: Bench, plain: Path) -> None:
+    draft, mirror, rows = bench.draft(plain, window=600), bench.mirror(cap=700), rows_of(1200)
+    rng = np.random.default_rng(3)
+    peaks = []
+    for _ in range(4):
+        mirror.clear()
+        n_past, peak = 0, 0
+        while n_past < 1150:
+            more = int(rng.integers(1, 40))
+            mirror.write_rows(start=n_past, rows=rows[n_past : n_past + more])
+            n_past += more
+            step(draft, mirror, n_past, int(rng.integers(1, BLOCK)))
+            peak = max(peak, draft.bytes.compute)
+        peaks.append(peak)
+    assert max(peaks[1:]) < 1.25 * peaks[0]
+
+
+def test_bytes_are_known_before_and_weights_are_the_files(bench: Bench, plain: Path) -> None:
+    draft, spec = bench.draft(plain, window=300), DraftSpec.read(plain, bench.info)
+    said = draft_bytes(spec, n_vocab=N_VOCAB, device_index=bench.hook.output_device().index, window=300)
+    held = draft.bytes
+    assert (said.kv, said.compute, held.compute) == (held.kv, 0, 0)
+    assert said.kv == 2 * 2 * 512 * 32 * 2  # layers, keys and values, slots, n_head_kv * head_dim, F16
+    assert 0 <= held.weights - said.weights < 64 * 64  # alignment of each tensor
+
+
+# ------------------------------------------------------------------------------------------------ bad input
+
+
+def test_impossible_steps_are_refused_and_change_nothing(bench: Bench, plain: Path) -> None:
+    draft, mirror = bench.draft(plain), bench.mirror()
+    with pytest.raises(ArgumentError, match="no draft step"):
+        draft.logits()
+    mirror.write_rows(start=0, rows=rows_of(20))
+    wanted, _ = step(draft, mirror, 20)
+    bad: list[dict[str, int]] = [
+        {"n_tokens": 0},
+        {"n_tokens": BLOCK},
+        {"n_tokens": -1},
+        {"last_token": -1},
+        {"last_token": N_VOCAB},
+        {"n_past": -1},
+        {"n_past": 2**31},
+        {"n_past": 2**62},
+    ]
+    for change in bad:
+        with pytest.raises(ArgumentError):
+            draft.step(mirror, **{"n_past": 20, "last_token": LAST, "n_tokens": 7, **change})
+    for taps, n_embd in ((4, N_EMBD), (TAPS, 32), (10, 32)):
+        with FeatureMirror(taps=taps, n_embd=n_embd, cap=32) as other, pytest.raises(ShapeError, match=f"{taps} x {n_embd}"):
+            draft.step(other, n_past=0, last_token=LAST, n_tokens=7)
+    np.testing.assert_array_equal(step(draft, mirror, 20)[0], wanted)
+
+
+def test_closed_drafts_and_mirrors(bench: Bench, plain: Path) -> None:
+    draft, mirror = bench.draft(plain), bench.mirror()
+    mirror.close()
+    with pytest.raises(ClosedError):
+        step(draft, mirror, 0)
+    draft.close()
+    draft.close()
+    for use in (draft.logits, draft.times, draft.reset_times, lambda: draft.bytes):
+        with pytest.raises(ClosedError):
+            use()
