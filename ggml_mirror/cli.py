@@ -275,6 +275,42 @@ def snapshot(
         print_header(str(file), header, make_console())
 
 
+@app.command(no_args_is_help=True)
+def inspect(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A target or a DFlash draft, GGUF.")],
+    target: Annotated[
+        Path | None, typer.Option("-m", "--target", metavar="GGUF", help="Also check a draft against this target.")
+    ] = None,
+    json: JsonOption = None,
+) -> None:
+    """What a target or draft says: taps, row bytes per dtype, block, window, weights; and whether a pair fits.
+
+    Exit code 1 if a draft does not fit its target.
+
+    [bold]Examples[/]
+
+    ggml-mirror inspect target.gguf
+
+    ggml-mirror inspect draft.gguf --target target.gguf
+
+    ggml-mirror inspect draft.gguf --json
+    """
+    _check_outputs(json)
+    _check_default_dtype()
+
+    from .inspect_report import inspect as read
+    from .inspect_report import print_inspection
+    from .report import make_console
+
+    found = read(file, target=target)
+    if json is not None:
+        write_json(found.to_json(), json)
+    if json != STDOUT:
+        print_inspection(found, make_console())
+    if found.fit is not None and not found.fit.fits:
+        raise typer.Exit(1)
+
+
 def _integers(text: str, option: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]

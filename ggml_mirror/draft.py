@@ -13,10 +13,11 @@ import numpy.typing as npt
 from ._native import check, ffi, lib
 from .errors import ClosedError, DraftMismatchError, ModelFileError, UnsupportedDraftError
 from .gguf_file import GgufFile
-from .mirror import FeatureMirror
+from .mirror import FeatureMirror, _int32
 from .model_info import ModelInfo, default_taps
 
 _ROPE_SCALING = ("none", "linear")
+_MAX_LAYERS = 64  # the native layer keeps a bit for each
 
 
 @dataclass(frozen=True)
@@ -72,12 +73,23 @@ class DraftSpec:
         if target.is_draft:
             raise DraftMismatchError(f"{path} does not fit {target.path.name}: {target.path.name} is itself a draft")
         file = GgufFile.read(path)
-        spec = cls._from(file, info, target)
+        taps = info.draft.taps
+        if taps is None:
+            taps = default_taps(max(target.n_layer, 2), info.draft.n_taps)
+        spec = cls.of_file(file, info, taps)
         spec._check(info, target, has_embedding="token_embd.weight" in file.tensors)
         return spec
 
     @classmethod
-    def _from(cls, file: GgufFile, info: ModelInfo, target: ModelInfo) -> DraftSpec:
+    def of_file(cls, file: GgufFile, info: ModelInfo, taps: tuple[int, ...]) -> DraftSpec:
+        """What a draft's file says by itself, checked against no target.
+
+        Args:
+            taps: those to take where the file names none.
+
+        Raises:
+            ModelFileError, UnsupportedDraftError: as :meth:`read`.
+        """
         assert info.draft is not None
         meta, arch = file.metadata, info.arch
 
@@ -89,6 +101,10 @@ class DraftSpec:
                 raise UnsupportedDraftError(f"{file.path}: {arch}.{key} is {value!r}, a number was expected")
             return value
 
+        if info.n_layer > _MAX_LAYERS:
+            raise UnsupportedDraftError(
+                f"{file.path}: {info.n_layer} layers; drafts of up to {_MAX_LAYERS} are supported"
+            )
         n_head = int(number("attention.head_count"))
         head_dim = int(number("attention.key_length", info.n_embd // max(n_head, 1)))
         scaling = meta.get(f"{arch}.rope.scaling.type", "linear")  # llama.cpp's default, by a factor of 1
@@ -106,12 +122,11 @@ class DraftSpec:
             raise UnsupportedDraftError(
                 f"{file.path}: {arch}.attention.sliding_window_pattern is {pattern!r}; a list, one entry a layer, was expected"
             )
-        taps = info.draft.taps
         return cls(
             path=file.path,
             arch=arch,
             name=info.name,
-            taps=taps if taps is not None else default_taps(max(target.n_layer, 2), info.draft.n_taps),
+            taps=taps if info.draft.taps is None else info.draft.taps,
             n_embd_target=info.draft.row_width // info.draft.n_taps,
             block_size=info.draft.block_size or 0,
             mask_token=-1 if info.draft.mask_token_id is None else info.draft.mask_token_id,
@@ -152,12 +167,17 @@ class DraftSpec:
             len(self.taps) == info.draft.n_taps,
             f"it reads {info.draft.n_taps} taps that it does not name, a target of {target.n_layer} blocks has {len(self.taps)}",
         )
+        twice = [t for t in self.taps if self.taps.count(t) > 1]
+        require(not twice, f"it taps block {twice[0] if twice else 0} more than once")
         beyond = [t for t in self.taps if t >= target.n_layer]
         require(
             not beyond, f"it taps block {beyond[0] if beyond else 0}, the target has blocks 0 to {target.n_layer - 1}"
         )
         size = info.draft.block_size
-        require(2 <= self.block_size <= 64, f"its block size is {'not given' if size is None else size}; 2 to 64 is possible")
+        require(
+            2 <= self.block_size <= 64,
+            f"its block size is {'not given' if size is None else size}; 2 to 64 is possible",
+        )
         require(self.mask_token >= 0, "it names no mask token")
         if target.n_vocab is not None:
             require(
@@ -294,12 +314,13 @@ def draft_params(spec: DraftSpec, *, n_vocab: int, device_index: int, window: in
         "n_embd_target",
         "block_size",
         "mask_token",
+        "n_swa",
     ):
-        setattr(p, name, getattr(spec, name))
+        setattr(p, name, _int32(getattr(spec, name), f"{spec.path}: {name}"))
     for name in ("rms_eps", "rope_base", "rope_scale", "embedding_scale", "attention_scale", "attention_value_scale"):
         setattr(p, name, getattr(spec, name))
-    p.n_taps, p.n_vocab = len(spec.taps), n_vocab
-    p.gelu, p.causal, p.n_swa = spec.gelu, spec.causal, spec.n_swa
+    p.n_taps, p.n_vocab = len(spec.taps), _int32(n_vocab, "n_vocab")
+    p.gelu, p.causal = spec.gelu, spec.causal
     p.swa_layers = sum(1 << il for il in spec.swa_layers)
     p.window = window
     return _Params(p, path)
@@ -308,5 +329,6 @@ def draft_params(spec: DraftSpec, *, n_vocab: int, device_index: int, window: in
 def draft_bytes(spec: DraftSpec, *, n_vocab: int, device_index: int, window: int) -> DraftBytes:
     """The device bytes that a :class:`Draft` would allocate before its first step, without allocating."""
     b = ffi.new("gm_draft_bytes *")
-    check(lib.gm_draft_size_of(draft_params(spec, n_vocab=n_vocab, device_index=device_index, window=window).struct, b))
+    params = draft_params(spec, n_vocab=n_vocab, device_index=device_index, window=window)  # it owns the path
+    check(lib.gm_draft_size_of(params.struct, b))
     return DraftBytes(b.weights, b.kv, b.compute)

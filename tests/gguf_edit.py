@@ -29,7 +29,8 @@ def edit_gguf(
         kind, sub = field.types[0], field.types[-1] if len(field.types) > 1 else None
         writer.add_key_value(name, field.contents(), kind, sub_type=sub)
     for name, value in keys.items():
-        writer.add_key_value(name, value, gguf.GGUFValueType.get_type(value))
+        unsigned = type(value) is int and value >= 0  # what llama.cpp expects
+        writer.add_key_value(name, value, gguf.GGUFValueType.UINT32 if unsigned else gguf.GGUFValueType.get_type(value))
     for tensor in reader.tensors:
         if tensor.name not in tensors and tensor.name not in without:
             writer.add_tensor(tensor.name, np.array(tensor.data), raw_dtype=tensor.tensor_type)
