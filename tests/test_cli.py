@@ -331,7 +331,7 @@ def _process(*arguments: str, **environment: str) -> subprocess.CompletedProcess
 
 
 def test_help_teaches_with_examples(run: Run) -> None:
-    for command in ("probe", "plan", "doctor", "snapshot"):
+    for command in ("probe", "plan", "doctor", "snapshot", "inspect"):
         result = run(command, "--help")
         assert result.code == 0
         assert f"ggml-mirror {command}" in result.out and "Example" in result.out

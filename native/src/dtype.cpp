@@ -81,6 +81,8 @@ static std::optional<Dtype> describe(ggml_type type) {
         d.to_float   = copy_to_float;
     }
     if (!d.from_float || !d.to_float) return std::nullopt;
+    // Weight formats that search a grid of vectors (iq1, iq2, iq3) assert on values that no weight has.
+    if (strncmp(d.name, "iq", 2) == 0 && d.name[2] < '4') return std::nullopt;
     d.limit = find_limit(d);
     return d;
 }

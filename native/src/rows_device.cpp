@@ -168,7 +168,7 @@ void DeviceRows::write_chunk(int32_t tap, int64_t start, int64_t count, const Ro
     for (int64_t i = 0; i < count; ++i) slots[size_t(i)] = (start + i) % ring_->ne[1];
     ggml_backend_tensor_set(slots_, slots.data(), 0, slots.size() * sizeof(int64_t));
 
-    ggml_context_ptr ctx(ggml_init({ kGraphNodes * ggml_tensor_overhead() + 2 * ggml_graph_overhead_custom(kGraphNodes, false), nullptr, true }));
+    ggml_context_ptr ctx(ggml_init({ kGraphNodes * ggml_tensor_overhead() + 3 * ggml_graph_overhead_custom(kGraphNodes, false), nullptr, true }));
     ggml_tensor * x = source_leaf(ctx.get(), source, width, count, host_bytes);
 
     // [n_embd, n_taps * count]: counts come per tap.
@@ -185,34 +185,34 @@ void DeviceRows::write_chunk(int32_t tap, int64_t start, int64_t count, const Ro
     const auto good  = per_tap(check, n_taps);
     const bool clean = std::all_of(good.begin(), good.end(), [&](int64_t g) { return g == n; });
 
-    // Counting and storing in one graph: each count must survive until it is read.
-    graph = ggml_new_graph_custom(ctx.get(), kGraphNodes, false);
-    ggml_tensor * inf = nullptr, * above = nullptr, * above_f16 = nullptr, * within = nullptr;
+    bool replaced = false;
     if (!clean) {
-        ggml_tensor * values    = by_tap(x);
-        ggml_tensor * magnitude = ggml_abs(ctx.get(), values);
-        inf       = count_above(ctx.get(), magnitude, FLT_MAX);
-        above     = count_above(ctx.get(), magnitude, dtype_.limit);
-        above_f16 = count_above(ctx.get(), magnitude, 65504.0f);
-        within    = count_within(ctx.get(), magnitude, dtype_.limit);
-        for (ggml_tensor * t : { inf, above, above_f16, within }) {
+        graph = ggml_new_graph_custom(ctx.get(), kGraphNodes, false);
+        ggml_tensor * magnitude = ggml_abs(ctx.get(), by_tap(x));
+        ggml_tensor * counts[]  = { count_above(ctx.get(), magnitude, FLT_MAX), count_above(ctx.get(), magnitude, dtype_.limit),
+                                    count_above(ctx.get(), magnitude, 65504.0f), count_within(ctx.get(), magnitude, dtype_.limit) };
+        for (ggml_tensor * t : counts) {
             ggml_set_output(t);
             ggml_build_forward_expand(graph, t);
         }
-        x = ggml_reshape_2d(ctx.get(), replace(ctx.get(), values, dtype_.limit), width, count);
+        compute(graph);
+        const auto inf = per_tap(counts[0], n_taps), above = per_tap(counts[1], n_taps), above_f16 = per_tap(counts[2], n_taps),
+                   within = per_tap(counts[3], n_taps);
+        for (size_t t = 0; t < size_t(n_taps); ++t) {
+            tallies[t].inf += inf[t];
+            tallies[t].overflow += above[t] - inf[t];
+            tallies[t].over_f16 += above_f16[t] - inf[t];
+            tallies[t].nan += n - above[t] - within[t];
+            replaced |= within[t] != n;
+        }
     }
+
+    graph = ggml_new_graph_custom(ctx.get(), kGraphNodes, false);
+    if (replaced) x = ggml_reshape_2d(ctx.get(), replace(ctx.get(), by_tap(x), dtype_.limit), width, count);
     ggml_tensor * view  = ggml_view_2d(ctx.get(), ring_, width, ring_->ne[1], ring_->nb[1], offset);
     ggml_tensor * where = ggml_view_1d(ctx.get(), slots_, count, 0);
     ggml_build_forward_expand(graph, ggml_set_rows(ctx.get(), view, x, where));
     compute(graph);
-    if (clean) return;
-    const auto n_inf = per_tap(inf, n_taps), n_above = per_tap(above, n_taps), n_above_f16 = per_tap(above_f16, n_taps), n_within = per_tap(within, n_taps);
-    for (size_t t = 0; t < size_t(n_taps); ++t) {
-        tallies[t].inf += n_inf[t];
-        tallies[t].overflow += n_above[t] - n_inf[t];
-        tallies[t].over_f16 += n_above_f16[t] - n_inf[t];
-        tallies[t].nan += n - n_above[t] - n_within[t];
-    }
 }
 
 void DeviceRows::write(int32_t tap, int64_t start, int64_t count, const RowSource & source, Tally * tallies, int64_t & host_bytes) {
