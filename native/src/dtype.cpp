@@ -84,6 +84,7 @@ static std::optional<Dtype> describe(ggml_type type) {
     // Weight formats that search a grid of vectors (iq1, iq2, iq3) assert on values that no weight has.
     if (strncmp(d.name, "iq", 2) == 0 && d.name[2] < '4') return std::nullopt;
     d.limit = find_limit(d);
+    if (!(d.limit > 0.0f)) return std::nullopt;  // loses a large value beside others: not for rows
     return d;
 }
 
