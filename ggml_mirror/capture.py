@@ -31,6 +31,10 @@ SEQUENCE = 0
 
 _ATTRIBUTE = "_ggml_mirror_capture"
 
+#: Native handles by the id of the object that will still use them. cffi frees a handle as soon as the collector finalizes it,
+#: which may be before the objects around it (a Llama that was forgotten, a stream in mid-block); what is held here is not garbage.
+in_use: dict[int, Sequence[Any]] = {}
+
 
 @contextmanager
 def capture(
@@ -173,6 +177,7 @@ class Hook:
             )
         )
         self.busy = True
+        in_use[id(self)] = [self.handle, *handles]
         followed = {
             "decode": self._decode,
             "kv_cache_clear": self._clear,
@@ -189,6 +194,7 @@ class Hook:
             self.mirrors = []
             self.busy = False
             check(lib.gm_capture_detach(self.handle))
+            del in_use[id(self)]
 
     def _decode(self, batch: Any) -> None:
         """In place of LlamaContext.decode: announce the batch's positions, evaluate, verify that each row came."""
@@ -250,7 +256,8 @@ class Hook:
 
     def _truncate(self, position: int) -> None:
         for mirror in self.mirrors:
-            mirror.truncate(max(position, 0))
+            if not mirror.closed:
+                mirror.truncate(max(position, 0))
 
 
 def _positions(batch: Any) -> tuple[int, int] | None:

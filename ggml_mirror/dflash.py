@@ -12,12 +12,12 @@ import llama_cpp
 import numpy as np
 from llama_cpp import Llama, LlamaState
 
-from .capture import SEQUENCE, capture, prepare
+from .capture import SEQUENCE, capture, in_use, prepare
 from .device import find_device
 from .draft import Draft, DraftSpec
 from .draft_stats import DraftStats
 from .dtype import FeatureDtype
-from .errors import ArgumentError, SnapshotMismatchError
+from .errors import ArgumentError, ClosedError, SnapshotMismatchError
 from .fingerprint import fingerprint
 from .mirror import FeatureMirror
 from .model_info import ModelInfo
@@ -59,6 +59,9 @@ class DFlashLlama(Llama):
         llm = DFlashLlama("target.gguf", draft_path="draft.gguf", feature_dtype="q8_0", n_ctx=8192)
         print(llm("def fibonacci(n):", max_tokens=64, temperature=0)["choices"][0]["text"], llm.stats.tau)
     """
+
+    #: The call of ``generate`` that may have speculated beyond the committed tokens.
+    _decoder: _Decoder | None = None
 
     def __init__(
         self,
@@ -102,8 +105,8 @@ class DFlashLlama(Llama):
             raise ArgumentError(
                 f"n_batch is {self.n_batch}; verifying {self.n_draft} drafted tokens needs {self.n_draft + 1}"
             )
-        if wants_snapshots(self):
-            self.context_params.n_rs_seq = block
+        if wants_snapshots(self, self.n_draft):
+            self.context_params.n_rs_seq = self.n_draft
         hook = prepare(self)
         device = find_device(draft_device) if draft_device != "auto" else hook.output_device()
         self.draft_window = (
@@ -132,9 +135,11 @@ class DFlashLlama(Llama):
             n_threads=self.n_threads_batch,  # a block is a batch
         )
         self._stack.callback(self.draft.close)
+        in_use[id(self)] = [self.draft._handle]
+        self._stack.callback(in_use.pop, id(self))
         self._capture = self._stack.enter_context(ExitStack())
         self._capture.enter_context(capture(self, self.mirror, spec.taps))
-        self._rollback = Rollback(self, block)
+        self._rollback = Rollback(self, self.n_draft)
         self.stats = DraftStats()
 
     # ------------------------------------------------------------------ decoding
@@ -192,16 +197,33 @@ class DFlashLlama(Llama):
         finally:
             step.close()
 
+    def eval(self, tokens: Sequence[int]) -> None:
+        """As ``Llama.eval``: evaluate tokens after the committed ones."""
+        self._settle()
+        try:
+            super().eval(tokens)
+        except BaseException:
+            self._recover(self.n_tokens)
+            raise
+        if tokens:
+            self._rollback.evaluated(self.n_tokens - (len(tokens) - 1) % self.n_batch - 1)
+
     def reset(self) -> None:
         """Forget the sequence, its rows included."""
+        if self._decoder is not None:
+            self._decoder.forget()
         super().reset()
         if hasattr(self, "mirror") and not self.mirror.closed:
+            self._ctx.kv_cache_seq_rm(
+                SEQUENCE, 0, -1
+            )  # a stream may go on from here, and nothing else would remove them
             self.mirror.clear()
 
     # ---------------------------------------------------------------------- state
 
     def save_state(self) -> DFlashState:
         """The target's state and the mirror's rows, in storage bytes."""
+        self._settle()
         size = llama_cpp.llama_state_get_size(self.ctx)
         data = (ctypes.c_uint8 * size)()
         written = llama_cpp.llama_state_get_data(self.ctx, data, size)
@@ -217,6 +239,7 @@ class DFlashLlama(Llama):
             seed=self._seed,
         )
         state.mirror = self.mirror.snapshot()
+        state.llama_state_size += state.mirror.nbytes  # what LlamaRAMCache compares with its capacity
         return state
 
     def load_state(self, state: LlamaState) -> None:
@@ -235,13 +258,16 @@ class DFlashLlama(Llama):
             raise SnapshotMismatchError(
                 f"the state is of n_ctx {len(state.input_ids)}, this model has {len(self.input_ids)}; nothing was changed"
             )
-        data = (ctypes.c_uint8 * state.llama_state_size).from_buffer_copy(state.llama_state)
-        if llama_cpp.llama_state_set_data(self.ctx, data, state.llama_state_size) != state.llama_state_size:
+        size = len(state.llama_state)
+        data = (ctypes.c_uint8 * size).from_buffer_copy(state.llama_state)
+        if llama_cpp.llama_state_set_data(self.ctx, data, size) != size:
             # llama.cpp may have taken a part: neither side may be trusted.
             self.reset()
-            self._ctx.kv_cache_clear()
             raise RuntimeError("llama.cpp did not take the saved state; the sequence was reset")
+        if self._decoder is not None:
+            self._decoder.forget()
         self.mirror.restore(snapshot)
+        self._rollback.loaded(state.n_tokens)
         if self._logits_all and len(state.scores):
             self.scores[: len(state.scores)] = state.scores
         self.input_ids = state.input_ids.copy()
@@ -259,19 +285,31 @@ class DFlashLlama(Llama):
     def _keep_prefix(self, tokens: list[int]) -> int:
         """Cut the sequence back to the longest prefix that it shares with ``tokens``; at least one token is left to evaluate."""
         shared: int = self.longest_token_prefix(self._input_ids.tolist(), tokens[:-1])
-        if shared == 0 or not self._ctx.kv_cache_seq_rm(SEQUENCE, shared, -1):
+        if shared == 0 or not self._rollback.drop(shared):
             self.reset()
-            self._ctx.kv_cache_seq_rm(SEQUENCE, 0, -1)
             return 0
         self.mirror.truncate(shared)
         self.n_tokens = shared
         return shared
+
+    def _settle(self) -> None:
+        """Leave nothing but committed tokens in the context and the mirror."""
+        if self._decoder is not None:
+            self._decoder.settle()
+
+    def _recover(self, position: int) -> None:
+        """An evaluation did not come to its end: keep what was committed before it, or nothing where a running state may have moved on."""
+        self.n_tokens = position
+        self._requires_eval = True
+        if self._rollback.means != "cells" or not self._ctx.kv_cache_seq_rm(SEQUENCE, position, -1):
+            self.reset()
 
     def _evaluate(self, tokens: Sequence[int]) -> None:
         """Evaluate tokens after the sequence, keeping every position's logits; ``n_tokens`` is left to the caller."""
         n_past = self.n_tokens
         self._batch.set_batch(batch=tokens, n_past=n_past, logits_all=True)
         self._ctx.decode(self._batch)
+        self._rollback.evaluated(n_past)
         self.input_ids[n_past : n_past + len(tokens)] = tokens
         if self._logits_all:
             logits = np.ctypeslib.as_array(self._ctx.get_logits(), shape=(len(tokens) * self._n_vocab,))
@@ -283,7 +321,9 @@ class _Decoder:
     """One call of ``generate``: which positions are evaluated, which of them are committed, and what is speculation."""
 
     def __init__(self, llm: DFlashLlama, tokens: list[int], reset: bool) -> None:
+        llm._settle()
         self.llm = llm
+        llm._decoder = self
         self.stats = llm.stats = DraftStats()
         self.sampler: Any = llm._sampler
         self.row = -1  # of the next token's logits in the last evaluation
@@ -315,6 +355,10 @@ class _Decoder:
 
     def feed(self, tokens: list[int]) -> None:
         """Commit the sampled token (and any that the consumer sent) and have the next one's logits at ``row``."""
+        if self.llm._decoder is not self:
+            raise ClosedError(
+                "this stream ended when the model was called again; streams of one model cannot be interleaved"
+            )
         started = time.perf_counter()
         try:
             if self.ahead and tokens == self.ahead[:1]:
@@ -324,7 +368,7 @@ class _Decoder:
                 self.row += 1
                 self.confirmed += 1
                 return
-            self._drop_speculation()
+            self.settle()
             self._advance(tokens)
         finally:
             self.stats.decode_s += time.perf_counter() - started
@@ -337,21 +381,27 @@ class _Decoder:
             tokens = tokens[limit:]
         drafted = self._draft(tokens) if len(tokens) == 1 else []
         started = time.perf_counter()
-        if drafted:
-            llm._rollback.before_speculation()
         self.base = llm.n_tokens
-        llm._evaluate([*tokens, *drafted])
+        try:
+            if drafted:
+                llm._rollback.before_speculation()
+            llm._evaluate([*tokens, *drafted])
+            llm.n_tokens += len(tokens)
+            self.row = len(tokens) - 1
+            self.ahead, self.proposed, self.confirmed = drafted, len(drafted), 0
+            self.speculating = bool(drafted)
+        except BaseException:
+            self.ahead, self.speculating = [], False
+            llm._recover(self.base)
+            raise
         self.stats.verify_s += time.perf_counter() - started
-        llm.n_tokens += len(tokens)
-        self.row = len(tokens) - 1
-        self.ahead, self.proposed, self.confirmed = drafted, len(drafted), 0
-        self.speculating = bool(drafted)
         if not drafted:
             self.stats.plain_steps += 1
 
     def _draft(self, tokens: list[int]) -> list[int]:
         llm = self.llm
-        room = min(llm.n_draft, llm._n_ctx - llm.n_tokens - 1, llm.n_batch - 1)
+        # llama.cpp may round n_ctx up; Llama keeps ids for what was asked for.
+        room = min(llm.n_draft, len(llm.input_ids) - llm.n_tokens - 1, llm.n_batch - 1)
         if room < 1:
             return []
         started = time.perf_counter()
@@ -359,33 +409,47 @@ class _Decoder:
         self.stats.draft_s += time.perf_counter() - started
         return drafted if context else []
 
-    def _drop_speculation(self) -> None:
+    def settle(self) -> None:
         """Close the last speculative evaluation: positions that were not confirmed never were."""
         if not self.speculating:
             return
-        self.speculating = False
-        self.stats.add_step(self.proposed, self.confirmed)
-        if self.ahead:
+        wrong = bool(self.ahead)
+        self.forget()
+        if wrong:
             started = time.perf_counter()
-            self.ahead = []
             self._cut_back()
             self.stats.rollback_s += time.perf_counter() - started
+
+    def forget(self) -> None:
+        """As :meth:`settle`, of a sequence that is being replaced: its positions need not be cut."""
+        if self.speculating:
+            self.stats.add_step(self.proposed, self.confirmed)
+        self.ahead, self.speculating = [], False
 
     def _cut_back(self) -> None:
         llm = self.llm
         keep = llm.n_tokens
-        again = llm._rollback.cut(keep, self.base)
-        llm.mirror.truncate(again)
-        if again < keep:
-            llm.n_tokens = again
-            llm._evaluate(llm.input_ids[again:keep].tolist())
-            llm.n_tokens = keep
+        try:
+            again = llm._rollback.cut(keep, self.base)
+            llm.mirror.truncate(again)
+            if again < keep:
+                llm.n_tokens = again
+                llm._evaluate(llm.input_ids[again:keep].tolist())
+                llm.n_tokens = keep
+        except BaseException:
+            llm._recover(keep)
+            raise
 
     def close(self) -> None:
         """The consumer has stopped: leave the sequence as it was committed."""
         llm = self.llm
-        if llm._ctx.ctx is not None and not llm.mirror.closed:
-            self._drop_speculation()
-            llm._requires_eval = True  # the last evaluation's logits are no longer those of the last position
-            self.stats.capture_s = (llm.mirror.times().write_ns - self.rows_ns) / 1e9
-            self.stats.read_s = (llm.draft.times().read_ns - self.draft_times.read_ns) / 1e9
+        if llm._decoder is not self:
+            return
+        try:
+            if llm._ctx.ctx is not None and not llm.mirror.closed:
+                self.settle()
+                llm._requires_eval = True  # the last evaluation's logits are no longer those of the last position
+                self.stats.capture_s = (llm.mirror.times().write_ns - self.rows_ns) / 1e9
+                self.stats.read_s = (llm.draft.times().read_ns - self.draft_times.read_ns) / 1e9
+        finally:
+            llm._decoder = None

@@ -19,27 +19,66 @@ if TYPE_CHECKING:
     from llama_cpp import Llama
 
 
-def wants_snapshots(llm: Llama) -> bool:
-    """Does the model keep a running state, of which llama.cpp should hold snapshots?"""
+def wants_snapshots(llm: Llama, n_draft: int) -> bool:
+    """Should llama.cpp hold snapshots of a running state, ``n_draft`` positions back?"""
+    # llama.cpp aborts the process unless the positions with snapshots, and one before and after them, fit into a micro-batch.
+    fits = llama_cpp.llama_n_ubatch(llm.ctx) > n_draft + 1
+    return _keeps_running_state(llm) and not _slides(llm) and fits
+
+
+def _keeps_running_state(llm: Llama) -> bool:
     return bool(llama_cpp.llama_model_is_recurrent(llm.model) or llama_cpp.llama_model_is_hybrid(llm.model))
+
+
+def _slides(llm: Llama) -> bool:
+    """Does the cache forget what slid out of an attention window?"""
+    return llama_cpp.llama_model_n_swa(llm.model) > 0 and not llm.context_params.swa_full
 
 
 class Rollback:
     """How one context is cut back. ``means`` is "cells", "snapshots" or "copies".
 
     Args:
-        block: most positions that a speculative evaluation adds.
+        n_draft: most positions of a speculative evaluation that are cut.
     """
 
-    def __init__(self, llm: Llama, block: int) -> None:
+    def __init__(self, llm: Llama, n_draft: int) -> None:
         self._llm = llm
         self._saved: Any = None
-        ctx = llm.ctx
-        if wants_snapshots(llm):
-            self.means = "snapshots" if llama_cpp.llama_n_rs_seq(ctx) >= block else "copies"
+        self._earliest = 0  # position to which snapshots reach back
+        self._window = llama_cpp.llama_model_n_swa(llm.model) if _slides(llm) else 0
+        if self._window:
+            self.means = "copies"
+        elif _keeps_running_state(llm):
+            self.means = "snapshots" if llama_cpp.llama_n_rs_seq(llm.ctx) >= n_draft else "copies"
         else:
-            windowed = llama_cpp.llama_model_n_swa(llm.model) > 0 and not llm.context_params.swa_full
-            self.means = "copies" if windowed else "cells"
+            self.means = "cells"
+
+    # llama.cpp's snapshots are of positions inside the last evaluation. It does not refuse to go back further, to whatever it
+    # holds there: a cut, an evaluation of fewer tokens or a loaded state leaves snapshots of another past.
+
+    def evaluated(self, start: int) -> None:
+        """Tokens from position ``start`` were evaluated, in one batch."""
+        self._earliest = start + 1
+
+    def loaded(self, n_tokens: int) -> None:
+        """The context took a state of ``n_tokens`` positions."""
+        self._earliest = n_tokens
+
+    def drop(self, position: int) -> bool:
+        """Drop positions >= ``position``, if the state there can still be had; else nothing was changed."""
+        context = self._llm._ctx
+        if self._window:
+            # llama.cpp cuts a sliding cache back even if what a token at this position attends to has slid out.
+            first = llama_cpp.llama_memory_seq_pos_min(context.memory, SEQUENCE)
+            if not 0 <= first <= max(0, position - self._window):
+                return False
+        if self.means == "snapshots" and position < self._earliest:
+            return False
+        if not context.kv_cache_seq_rm(SEQUENCE, position, -1):
+            return False
+        self._earliest = position
+        return True
 
     def before_speculation(self) -> None:
         """Remember the state as it is, if cutting back will need it."""
@@ -59,7 +98,7 @@ class Rollback:
         """
         context = self._llm._ctx
         if self.means != "copies":
-            if not context.kv_cache_seq_rm(SEQUENCE, position, -1):
+            if not self.drop(position):
                 raise CaptureError(f"llama.cpp cannot drop positions {position} and later ({self.means})")
             return position
         flags = llama_cpp.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY

@@ -47,7 +47,7 @@ def test_each_number_of_accepted_tokens(name: str, accepted: int, pair: Pair) ->
     pair.assert_rows_are_fresh(name, llm)
 
 
-@pytest.mark.parametrize("stop", range(1, 20))
+@pytest.mark.parametrize("stop", range(1, 13))
 def test_stopping_anywhere_leaves_the_sequence_as_committed(name: str, stop: int, pair: Pair) -> None:
     """And going on from there, with the prompt given again or with new tokens appended, is the plain target's text."""
     prompt = tokens_of(12, 3)
@@ -114,17 +114,19 @@ def test_small_dtypes(dtype: str, pair: Pair) -> None:
     pair.assert_rows_are_fresh("llama", llm)
 
 
-def test_the_context_can_be_filled(name: str, pair: Pair) -> None:
+@pytest.mark.parametrize("n_ctx", [64, 100, 256])
+def test_the_context_can_be_filled(n_ctx: int, name: str, pair: Pair) -> None:
     """To its last position; the token after it is an error, as in plain Llama, and the object goes on working."""
     prompt = tokens_of(30, 1)
-    llm, plain = pair.dflash(name, n_ctx=64), pair.plain(name, n_ctx=64)
-    n_ctx = llm.n_ctx()
+    llm, plain = pair.dflash(name, n_ctx=n_ctx), pair.plain(name, n_ctx=n_ctx)
     expected = take(plain, prompt, n_ctx - len(prompt) + 1)
     script(llm, prompt + expected, sometimes(7))
     assert take(llm, prompt, n_ctx - len(prompt) + 1) == expected
     assert llm.n_tokens == n_ctx
     pair.assert_rows_are_fresh(name, llm)
-    with pytest.raises(RuntimeError):
-        take(llm, [40], 1, reset=False)
+    if n_ctx == llm.n_ctx() and name != "mamba":  # llama.cpp rounds n_ctx up; a running state has no last position
+        for m in (plain, llm):
+            with pytest.raises(RuntimeError):
+                take(m, [40], 1, reset=False)
     assert take(llm, prompt, 20) == expected[:20]
     pair.assert_rows_are_fresh(name, llm)

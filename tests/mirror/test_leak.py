@@ -60,12 +60,14 @@ def test_making_writing_and_closing(place: Place, dtype: FeatureDtype) -> None:
 
 
 def test_mirrors_that_are_not_closed_but_forgotten(place: Place) -> None:
+    """With threads of their own."""
     x = np.ones((256, 2048), np.float32)
 
     def cycle(i: int) -> None:
-        place.mirror(taps=2, n_embd=1024, cap=256, dtype="f32").write_rows(start=i, rows=x)
+        place.mirror(taps=2, n_embd=1024, cap=256, dtype="f32", n_threads=3).write_rows(start=i, rows=x)
 
     assert growth(cycle) < allowed(place)
+    assert psutil.Process().num_threads() < 100
 
 
 def test_bookkeeping(place: Place) -> None:

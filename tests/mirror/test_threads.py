@@ -13,7 +13,7 @@ from ggml_mirror.errors import ClosedError, StaleRowError, ViewError
 
 from .places import Place
 
-TAPS, N_EMBD, CAP = 2, 4096, 24
+TAPS, N_EMBD, CAP = 2, 40960, 24  # up to 2.6 MB a write: helper threads take part
 WIDTH = TAPS * N_EMBD
 
 

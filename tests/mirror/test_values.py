@@ -89,7 +89,7 @@ def test_one_bad_value_follows_the_rule(place: Place, dtype: FeatureDtype, value
         assert_counted(m, place, x)
 
 
-@pytest.mark.parametrize("n", [4, 700], ids=["few rows", "rows for every thread"])
+@pytest.mark.parametrize("n", [4, 2600], ids=["few rows", "rows for every thread"])
 def test_many_bad_values_follow_the_rule(place: Place, dtype: FeatureDtype, n: int) -> None:
     x = sprinkled(5, n)
     with place.mirror(taps=TAPS, n_embd=N_EMBD, cap=n, dtype=dtype, n_threads=3) as m:

@@ -1,0 +1,153 @@
+"""Files and memory that are not what is needed: typed errors, before the target is loaded where they can be known then."""
+
+from __future__ import annotations
+
+import gc
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import llama_cpp
+import psutil
+import pytest
+
+import ggml_mirror.dflash as dflash
+from ggml_mirror import find_device
+from ggml_mirror.errors import (
+    DraftMismatchError,
+    GgmlMirrorError,
+    MirrorMemoryError,
+    ModelFileError,
+    UnsupportedDraftError,
+)
+
+from .pair import N_EMBD, TAPS, Pair, take, tokens_of
+
+
+@pytest.fixture
+def no_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading a target fails the test."""
+
+    def load(self: object, *args: object, **kwargs: object) -> None:
+        pytest.fail("the target was loaded")
+
+    monkeypatch.setattr(llama_cpp.Llama, "__init__", load)
+
+
+def missing(pair: Pair, folder: Path) -> str:
+    return str(folder / "none.gguf")
+
+
+def empty(pair: Pair, folder: Path) -> str:
+    (folder / "empty.gguf").write_bytes(b"")
+    return str(folder / "empty.gguf")
+
+
+def header_cut(pair: Pair, folder: Path) -> str:
+    (folder / "cut.gguf").write_bytes(Path(pair.draft()).read_bytes()[:3000])
+    return str(folder / "cut.gguf")
+
+
+def tensors_cut(pair: Pair, folder: Path) -> str:
+    whole = Path(pair.draft()).read_bytes()
+    (folder / "short.gguf").write_bytes(whole[: len(whole) - 5000])
+    return str(folder / "short.gguf")
+
+
+def text(pair: Pair, folder: Path) -> str:
+    (folder / "text.gguf").write_text("not a model at all\n" * 100)
+    return str(folder / "text.gguf")
+
+
+def a_target(pair: Pair, folder: Path) -> str:
+    return pair.target("qwen3")
+
+
+def other_width(pair: Pair, folder: Path) -> str:
+    return pair.draft(n_embd=32)
+
+
+def deeper_taps(pair: Pair, folder: Path) -> str:
+    return pair.draft(taps=(1, 3, 30))
+
+
+@pytest.mark.parametrize(
+    ("draft", "error"),
+    [
+        (missing, ModelFileError),
+        (empty, ModelFileError),
+        (header_cut, ModelFileError),
+        (tensors_cut, ModelFileError),
+        (text, ModelFileError),
+        (a_target, UnsupportedDraftError),
+        (other_width, DraftMismatchError),
+        (deeper_taps, DraftMismatchError),
+    ],
+)
+def test_a_wrong_draft_is_known_before_the_target_is_loaded(
+    draft: Callable[[Pair, Path], str], error: type[GgmlMirrorError], pair: Pair, tmp_path: Path, no_target: None
+) -> None:
+    path = draft(pair, tmp_path)
+    with pytest.raises(error, match=re.escape(Path(path).name)):
+        pair.dflash(draft=path)
+
+
+def test_a_missing_target_is_a_typed_error(pair: Pair, tmp_path: Path) -> None:
+    with pytest.raises(ModelFileError, match="gone"):
+        dflash.DFlashLlama(str(tmp_path / "gone.gguf"), draft_path=pair.draft())
+
+
+def test_a_mirror_that_does_not_fit_names_the_bytes_and_what_would(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The context is made to look large where the mirror's size is decided: a real one would need its KV cache too."""
+    row = len(TAPS) * N_EMBD * 4
+    n_ctx = int(1.5 * find_device("cpu").memory_free) // row
+    monkeypatch.setattr(dflash.DFlashLlama, "n_ctx", lambda self: n_ctx)
+    before = psutil.Process().memory_info().rss
+    with pytest.raises(MirrorMemoryError) as caught:
+        pair.dflash(draft_window=n_ctx)
+    error = caught.value
+    assert error.bytes_needed >= n_ctx * row and error.bytes_free < error.bytes_needed
+    assert str(error.bytes_needed) in str(error).replace(",", "")
+    assert "q8_0" in error.fitting_dtypes and "q8_0" in str(error)
+    assert 0 < error.max_cap < n_ctx
+    gc.collect()
+    assert psutil.Process().memory_info().rss - before < 100 * 2**20
+
+
+def growth(cycle: Callable[[], object], cycles: int) -> int:
+    for _ in range(10):
+        cycle()
+    gc.collect()
+    before = psutil.Process().memory_info().rss
+    for _ in range(cycles):
+        cycle()
+    gc.collect()
+    return psutil.Process().memory_info().rss - before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("close", [True, False], ids=["closed", "forgotten"])
+def test_loading_and_closing_does_not_leak(close: bool, name: str, pair: Pair) -> None:
+    """100 cycles. A leaked ring or KV cache is 256 rows or more, 0.3 MB a cycle."""
+
+    def cycle() -> None:
+        llm = pair.dflash(name)
+        take(llm, tokens_of(20), 12)
+        llm.load_state(llm.save_state())
+        generator = llm.generate(tokens_of(20), temp=0.0)
+        next(generator)
+        if close:
+            llm.close()
+
+    assert growth(cycle, 100) < 10 * 2**20
+
+
+@pytest.mark.slow
+def test_objects_that_could_not_be_made_do_not_leak(pair: Pair) -> None:
+    def cycle() -> None:
+        with pytest.raises(GgmlMirrorError):
+            pair.dflash(n_batch=4)
+        with pytest.raises(GgmlMirrorError):
+            pair.dflash(draft=pair.draft(n_embd=32))
+
+    assert growth(cycle, 100) < 10 * 2**20
