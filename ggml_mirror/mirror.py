@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 Rows = npt.NDArray[np.float32]
 
+#: Most slots that a mirror can have.
+MAX_CAP = 2**31 - 1
+
 
 @dataclass(frozen=True)
 class MirrorSize:
@@ -132,6 +135,8 @@ class FeatureMirror:
         self.device: Device = find_device(device)
         self.taps, self.n_embd, self.cap = _index(taps, "taps"), _index(n_embd, "n_embd"), _index(cap, "cap")
         self.target, self.draft = target, draft
+        if self.cap > MAX_CAP:
+            self._refuse_beyond_memory(ggml_ops)
         params = _params(
             self.taps, self.n_embd, self.cap, self.dtype, self.device.index, _index(n_threads, "n_threads"), ggml_ops
         )
@@ -145,13 +150,25 @@ class FeatureMirror:
             raise self._with_advice(error, ggml_ops) from None
         self._handle = ffi.gc(out[0], lib.gm_mirror_free, size=self.nbytes if self.device.is_host else 0)
 
+    def _refuse_beyond_memory(self, ggml_ops: bool) -> None:
+        """A cap beyond what the native library counts with is first of all beyond memory."""
+        row, free = mirror_size(self.taps, self.n_embd, 1, self.dtype, self.device.index).row, self.device.memory_free
+        if row * self.cap > free:
+            error = MirrorMemoryError(
+                f"{self.cap} rows of {row} bytes ({self.dtype}) need {row * self.cap} bytes on {self.device.name}, "
+                f"which has {free} free",
+                bytes_needed=row * self.cap,
+                bytes_free=free,
+            )
+            raise self._with_advice(error, ggml_ops)
+
     def _with_advice(self, error: MirrorMemoryError, ggml_ops: bool) -> MirrorMemoryError:
         """The same error with what would fit instead, by the allocator's own arithmetic."""
         from .plan import fitting_dtypes, format_bytes, largest_cap
 
-        fitting = tuple(
-            fitting_dtypes(self.taps, self.n_embd, self.cap, error.bytes_free, self.device, ggml_ops=ggml_ops)
-        )
+        fitting: tuple[FeatureDtype, ...] = ()
+        if self.cap <= MAX_CAP:
+            fitting = fitting_dtypes(self.taps, self.n_embd, self.cap, error.bytes_free, self.device, ggml_ops=ggml_ops)
         cap = largest_cap(self.taps, self.n_embd, self.dtype, error.bytes_free, self.device, ggml_ops=ggml_ops)
         advice = [f"{self.dtype} fits with cap {cap}" if cap else f"not one row of {self.dtype} fits"]
         if fitting:

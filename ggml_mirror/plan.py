@@ -13,7 +13,7 @@ from .byte_size import format_bytes, parse_bytes
 from .device import Device, devices, find_device
 from .dtype import FeatureDtype
 from .errors import ArgumentError, ShapeError
-from .mirror import MirrorSize, mirror_size
+from .mirror import MAX_CAP, MirrorSize, mirror_size
 
 __all__ = [
     "MAX_CAP",
@@ -29,10 +29,6 @@ __all__ = [
     "plan",
     "usable_dtypes",
 ]
-
-
-#: Most slots that a mirror can have, however small its rows.
-MAX_CAP = 2**31 - 1
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,17 @@ import numpy as np
 import pytest
 
 from ggml_mirror import FeatureDtype, FeatureMirror, devices, row_bytes
-from ggml_mirror.errors import ArgumentError, DeviceError, DtypeError, GgmlMirrorError, ShapeError, StaleRowError
+from ggml_mirror.errors import (
+    ArgumentError,
+    DeviceError,
+    DtypeError,
+    GgmlMirrorError,
+    MirrorMemoryError,
+    ShapeError,
+    StaleRowError,
+)
 
+from . import reference
 from .places import CPU_LOOPS, Place
 from .unchanged import unchanged
 
@@ -61,7 +70,17 @@ def test_n_embd_that_is_no_multiple_of_the_block(place: Place, dtype: FeatureDty
         place.mirror(**{**GOOD, "dtype": dtype, "n_embd": value})
 
 
-@pytest.mark.parametrize("value", [0, -1, -(2**63), 2**31, 2**40, 2**62, *BEYOND_64_BITS])
+@pytest.mark.parametrize("value", [2**40, 2**62, 2**63, 2**70])
+def test_cap_beyond_any_memory_says_what_fits(place: Place, value: int) -> None:
+    with pytest.raises(MirrorMemoryError, match=rf"\b{value} rows\b") as caught:
+        place.mirror(**{**GOOD, "cap": value})
+    error = caught.value
+    row = reference.row_bytes(FeatureDtype.parse(GOOD["dtype"]), GOOD["taps"] * GOOD["n_embd"])
+    assert error.bytes_needed == value * row > error.bytes_free > 0
+    assert 0 < error.max_cap < 2**31 and f"cap {error.max_cap}" in str(error) and error.fitting_dtypes == ()
+
+
+@pytest.mark.parametrize("value", [0, -1, -(2**63), -(2**63) - 1, -(2**70)])
 def test_cap_out_of_range(place: Place, value: int) -> None:
     with pytest.raises(ArgumentError, match=rf"cap is {value}\b") as caught:
         place.mirror(**{**GOOD, "cap": value})
