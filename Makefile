@@ -6,7 +6,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 MODEL =
-MARKERS = not gpu
+MARKERS = not gpu and not soak
 PYTEST_ARGS =
 
 py := $(VENV)/bin/python
@@ -14,7 +14,7 @@ demo_target = $$($(py) scripts/setup/demo_target.py)
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint sanitize clean
+.PHONY: help env demo test soak lint sanitize clean
 
 help: ## List the targets and their variables
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /  make \1\t/' | expand -t 18
@@ -30,9 +30,12 @@ demo: env ## Probe a real model: bytes, noise and speed of every feature dtype (
 	@set -e; model='$(MODEL)'; [ -n "$$model" ] || model="$(demo_target)"; \
 	$(VENV)/bin/ggml-mirror probe -m "$$model" --json build/demo/probe.json --plot build/demo/probe.png
 
-test: env ## Run all tests that need no GPU
+test: env ## Run all tests that need no GPU (but for `make soak`, long repetitions of some)
 	@set -e; GGML_MIRROR_DEMO_TARGET="$(demo_target)"; export GGML_MIRROR_DEMO_TARGET; \
 	$(py) -m pytest -m '$(MARKERS)' $(PYTEST_ARGS)
+
+soak: ## Run the long repetitions: leaks over 100 cycles of every target, long random walks, 50 prompts in every dtype
+	@$(MAKE) test MARKERS='soak and not gpu'
 
 lint: env ## Check style (ruff) and types (mypy)
 	$(py) -m ruff check .

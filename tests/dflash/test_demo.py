@@ -104,7 +104,7 @@ def test_greedy_text_is_the_targets(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["f32", "bf16", "f16", "q8_0"])
+@pytest.mark.parametrize("dtype", ["f32", *(pytest.param(d, marks=pytest.mark.soak) for d in ("bf16", "f16", "q8_0"))])
 def test_greedy_text_of_fifty_prompts_is_the_targets(
     dtype: str, plain: Llama, expected_of: Callable[[str], list[int]], demo_target: Path, demo_draft: Path
 ) -> None:

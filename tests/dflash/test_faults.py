@@ -125,7 +125,7 @@ def growth(cycle: Callable[[], object], cycles: int) -> int:
     return psutil.Process().memory_info().rss - before
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize("close", [True, False], ids=["closed", "forgotten"])
 def test_loading_and_closing_does_not_leak(close: bool, name: str, pair: Pair) -> None:
     """100 cycles. A leaked ring or KV cache is 256 rows or more, 0.3 MB a cycle."""

@@ -119,7 +119,7 @@ def test_random_walks(seed: int, name: str, pair: Pair, monkeypatch: pytest.Monk
     walk(pair, name, seed, 25, monkeypatch)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize("seed", range(100, 110))
 def test_long_random_walks(seed: int, name: str, pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     walk(pair, name, seed, 100, monkeypatch)
