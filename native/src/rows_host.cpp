@@ -16,7 +16,7 @@
 
 namespace gm {
 
-static constexpr int64_t  kChunk           = 4096;        // values checked, then converted, while they are in L1
+static constexpr int64_t  kChunk           = 1024;        // values checked, then converted: 4 KiB, so that the second look costs nothing (16 KiB: a sixth more)
 static constexpr uint64_t kInlineBytes     = 2 << 20;     // below this, waking threads costs more than it saves
 static constexpr int32_t  kInfinityBits    = 0x7f800000;
 
