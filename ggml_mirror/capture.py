@@ -68,11 +68,13 @@ def capture(
     _check_mirrors(mirrors, layers)
     hook = Hook.of(llm)
     hook.require(layers, mirrors[0].n_embd)
-    fingerprint = None
+    source = (_fingerprint(llm), tuple(layers))
     for m in mirrors:
-        if m.target is None:
-            fingerprint = fingerprint or _fingerprint(llm)
-            m.target = fingerprint
+        if m._source not in (None, source):
+            m.clear()  # rows of another model, or of other blocks
+            m.target = source[0]
+        m.target = m.target or source[0]
+        m._source = source
     with hook.attached(layers, mirrors):
         yield
 
@@ -361,7 +363,7 @@ def _scratch_token(llm: Llama) -> int:
     return bos if bos >= 0 else 0
 
 
-def _fingerprint(llm: Llama) -> str | None:
+def _fingerprint(llm: Llama) -> str:
     from .fingerprint import fingerprint
 
     return fingerprint(llm.model_path)

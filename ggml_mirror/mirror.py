@@ -131,6 +131,8 @@ class FeatureMirror:
         self._lock = threading.RLock()
         #: Tokens whose features capture has written, by position; None: nobody has said.
         self._tokens: npt.NDArray[np.int32] | None = None
+        #: Model and blocks that capture has written from.
+        self._source: tuple[str, tuple[int, ...]] | None = None
         self.dtype = FeatureDtype.resolve(dtype)
         self.device: Device = find_device(device)
         self.taps, self.n_embd, self.cap = _index(taps, "taps"), _index(n_embd, "n_embd"), _index(cap, "cap")

@@ -176,7 +176,7 @@ class Snapshot:
                     ffi.cast("uint8_t *", rows.ctypes.data),
                 )
             )
-            mirror._tokens = None
+            mirror._tokens = mirror._source = None
             mirror.target, mirror.draft = mirror.target or self.header.target, mirror.draft or self.header.draft
 
     def require_fit(self, mirror: FeatureMirror) -> None:

@@ -435,7 +435,6 @@ def test_attaching_again_to_the_same_sequence_keeps_its_rows(load: Load, mirror:
     _assert_close(mirror.read(start=0, count=30), _fresh_rows(load, "llama", tokens), "llama")
 
 
-@pytest.mark.xfail(strict=True, reason="tokens are compared, taps are not: rows of the other taps stay readable")
 def test_rows_of_other_taps_are_not_read_as_the_present_ones(load: Load, mirror: FeatureMirror) -> None:
     llm = load()
     with capture(llm, mirror, TAPS):
@@ -446,9 +445,6 @@ def test_rows_of_other_taps_are_not_read_as_the_present_ones(load: Load, mirror:
             mirror.read(start=0, count=31)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="mirror.target is set once and not compared: rows of the other model stay readable"
-)
 def test_rows_of_another_model_are_not_read_as_the_present_ones(load: Load, mirror: FeatureMirror) -> None:
     """Refusing to attach is as good as forgetting."""
     one, other = load("llama"), load("qwen3")
