@@ -63,7 +63,7 @@ def capture(
             llm.eval(tokens)
             m.read(start=0, count=len(tokens))
     """
-    mirrors = [mirror] if isinstance(mirror, FeatureMirror) else list(mirror)
+    mirrors: list[Any] = list(mirror) if isinstance(mirror, (list, tuple)) else [mirror]
     layers = _checked_taps(llm, taps)
     _check_mirrors(mirrors, layers)
     hook = Hook.of(llm)
@@ -303,6 +303,8 @@ def _check_mirrors(mirrors: Sequence[FeatureMirror], layers: Sequence[int]) -> N
     if not mirrors:
         raise ArgumentError("capture needs a mirror")
     for m in mirrors:
+        if not isinstance(m, FeatureMirror):
+            raise ArgumentError(f"capture writes to FeatureMirrors, not to {type(m).__name__}")
         m._open()
         if m.taps != len(layers):
             raise ArgumentError(f"the mirror has {m.taps} taps, capture was given {len(layers)}")

@@ -576,6 +576,12 @@ ATTACH_ERRORS = [
 ]
 
 
+@pytest.mark.parametrize("thing", [None, "x", 3, [None], []], ids=repr)
+def test_what_is_no_mirror_is_refused(thing: Any, load: Load) -> None:
+    with pytest.raises(ArgumentError), capture(load(), thing, TAPS):
+        pass
+
+
 @pytest.mark.parametrize(("error", "taps", "shape"), ATTACH_ERRORS)
 @pytest.mark.parametrize("arch", ["llama", "mamba"])
 def test_what_cannot_be_captured_is_refused_and_the_conversation_goes_on(
