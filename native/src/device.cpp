@@ -21,8 +21,23 @@ bool device_is_host(ggml_backend_dev_t device) {
     return ggml_backend_buft_is_host(ggml_backend_dev_buffer_type(device));
 }
 
+ggml_backend_buffer_t buffer_of(const ggml_tensor * t) {
+    return t->view_src ? t->view_src->buffer : t->buffer;
+}
+
+ggml_backend_ptr start_backend(ggml_backend_dev_t device, int n_threads) {
+    ggml_backend_ptr backend(ggml_backend_dev_init(device, nullptr));
+    if (!backend) throw error(GM_ERR_DEVICE, "device %s does not start", ggml_backend_dev_name(device));
+    using SetThreads = void (*)(ggml_backend_t, int);
+    if (auto set_threads = reinterpret_cast<SetThreads>(
+            ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(device), "ggml_backend_set_n_threads"))) {
+        set_threads(backend.get(), HostThreads::resolve(n_threads));
+    }
+    return backend;
+}
+
 ggml_backend_dev_t device_of(const ggml_tensor * t) {
-    const auto buffer = t->view_src ? t->view_src->buffer : t->buffer;
+    const auto buffer = buffer_of(t);
     if (!buffer) throw error(GM_ERR_ARGUMENT, "tensor %s has no memory", t->name);
     const auto device = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(buffer));
     // Mapped files are host memory of no device in particular.

@@ -3,6 +3,7 @@
 
 #include "dtype.h"
 #include "ggml-backend.h"
+#include "ggml-cpp.h"
 
 namespace gm {
 
@@ -10,6 +11,12 @@ ggml_backend_dev_t device_at(int32_t index);
 bool               device_is_host(ggml_backend_dev_t device);
 
 ggml_backend_dev_t device_of(const ggml_tensor * tensor);
+
+// The buffer that a tensor's data lies in, also of a view; null: none yet.
+ggml_backend_buffer_t buffer_of(const ggml_tensor * tensor);
+
+// A backend of the device, with that many threads if it has any to set. Throws GM_ERR_DEVICE.
+ggml_backend_ptr start_backend(ggml_backend_dev_t device, int n_threads);
 
 // Free bytes; for host devices what this process may still take: MemAvailable, or less under a cgroup limit.
 uint64_t device_memory_free(ggml_backend_dev_t device);

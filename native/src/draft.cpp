@@ -1,30 +1,21 @@
 #include "draft.h"
 
+#include "stopwatch.h"
+
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <cstring>
 
 using gm::device_of;
 using gm::error;
+using gm::start_backend;
+using gm::Stopwatch;
 
 namespace {
 
 constexpr int64_t kProjectRows = 256;  // rows per projection graph
 constexpr int64_t kKvStep      = 256;  // attention spans grow by this much, so that graphs are reused between steps
 constexpr size_t  kBlockGraphs = 8;    // cached, for block sizes and spans in use
-
-class Stopwatch {
-  public:
-    explicit Stopwatch(int64_t & ns) : ns_(ns), start_(std::chrono::steady_clock::now()) {}
-    ~Stopwatch() {
-        ns_ += std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now() - start_).count();
-    }
-
-  private:
-    int64_t &                             ns_;
-    std::chrono::steady_clock::time_point start_;
-};
 
 const gm_draft_params & checked(const gm_draft_params & p) {
     const auto within = [](int64_t value, int64_t low, int64_t high, const char * name) {
@@ -64,24 +55,12 @@ uint64_t kv_bytes(const gm_draft_params & p) {
 }
 
 bool on_host(const ggml_tensor * t) {
-    return ggml_backend_buffer_is_host(t->view_src ? t->view_src->buffer : t->buffer);
+    return ggml_backend_buffer_is_host(gm::buffer_of(t));
 }
 
-ggml_backend_ptr start_backend(ggml_backend_dev_t device, int n_threads) {
-    ggml_backend_ptr backend(ggml_backend_dev_init(device, nullptr));
-    if (!backend) throw error(GM_ERR_DEVICE, "device %s does not start", ggml_backend_dev_name(device));
-    using SetThreads = void (*)(ggml_backend_t, int);
-    if (auto set_threads = reinterpret_cast<SetThreads>(
-            ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(device), "ggml_backend_set_n_threads"))) {
-        set_threads(backend.get(), gm::HostThreads::resolve(n_threads));
-    }
-    return backend;
-}
-
-ggml_tensor * input(ggml_context * ctx, ggml_tensor * t, const char * name) {
+ggml_tensor * input(ggml_tensor * t, const char * name) {
     ggml_set_name(t, name);
     ggml_set_input(t);
-    (void) ctx;
     return t;
 }
 
@@ -210,13 +189,13 @@ gm_draft::Graph gm_draft::build_project(int64_t n, void * in_place, ggml_backend
     Graph g;
     g.ctx              = graph_context(params_.n_layer, &g.graph);
     ggml_context * ctx = g.ctx.get();
-    g.rows             = input(ctx, ggml_new_tensor_2d(ctx, GGML_TYPE_F32, int64_t(params_.n_taps) * params_.n_embd_target, n), "target_hidden_cat");
+    g.rows             = input(ggml_new_tensor_2d(ctx, GGML_TYPE_F32, int64_t(params_.n_taps) * params_.n_embd_target, n), "target_hidden_cat");
     if (in_place) {
         g.rows->data   = in_place;
         g.rows->buffer = buffer;
     }
-    g.positions        = input(ctx, ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n), "positions");
-    g.slots            = input(ctx, ggml_new_tensor_1d(ctx, GGML_TYPE_I64, n), "slots");
+    g.positions        = input(ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n), "positions");
+    g.slots            = input(ggml_new_tensor_1d(ctx, GGML_TYPE_I64, n), "slots");
     ggml_tensor * fused = norm(ctx, ggml_mul_mat(ctx, weights_.fc, g.rows), weights_.hidden_norm);
     for (size_t il = 0; il < weights_.layers.size(); ++il) {
         const gm::DraftLayer & l = weights_.layers[il];
@@ -233,18 +212,18 @@ gm_draft::Graph gm_draft::build_block(int64_t n, int64_t n_kv) {
     g.ctx              = graph_context(params_.n_layer, &g.graph);
     ggml_context * ctx = g.ctx.get();
     const int64_t  hd = params_.head_dim, n_head = params_.n_head, n_head_kv = params_.n_head_kv;
-    g.positions = input(ctx, ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n), "positions");
-    g.slots     = input(ctx, ggml_new_tensor_1d(ctx, GGML_TYPE_I64, n), "slots");
+    g.positions = input(ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n), "positions");
+    g.slots     = input(ggml_new_tensor_1d(ctx, GGML_TYPE_I64, n), "slots");
     // Only the masks that a layer uses: the graph gives no other tensor memory.
     const uint64_t all = ~uint64_t(0) >> (64 - params_.n_layer), swa_layers = params_.n_swa > 0 ? params_.swa_layers & all : 0;
-    if (swa_layers != all) g.mask = input(ctx, ggml_new_tensor_2d(ctx, GGML_TYPE_F16, n_kv, n), "mask");
-    if (swa_layers) g.mask_swa = input(ctx, ggml_new_tensor_2d(ctx, GGML_TYPE_F16, n_kv, n), "mask_swa");
+    if (swa_layers != all) g.mask = input(ggml_new_tensor_2d(ctx, GGML_TYPE_F16, n_kv, n), "mask");
+    if (swa_layers) g.mask_swa = input(ggml_new_tensor_2d(ctx, GGML_TYPE_F16, n_kv, n), "mask_swa");
     ggml_tensor * x = nullptr;
     if (device_of(tok_embd_) == device_) {
-        g.tokens = input(ctx, ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n), "tokens");
+        g.tokens = input(ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n), "tokens");
         x        = ggml_get_rows(ctx, tok_embd_, g.tokens);
     } else {
-        x = g.embeddings = input(ctx, ggml_new_tensor_2d(ctx, GGML_TYPE_F32, params_.n_embd, n), "embeddings");
+        x = g.embeddings = input(ggml_new_tensor_2d(ctx, GGML_TYPE_F32, params_.n_embd, n), "embeddings");
     }
     if (params_.embedding_scale != 0.0f) x = ggml_scale(ctx, x, params_.embedding_scale);
     const float kq_scale = params_.attention_scale != 0.0f ? params_.attention_scale : 1.0f / std::sqrt(float(hd));
@@ -293,7 +272,7 @@ gm_draft::Graph gm_draft::build_block(int64_t n, int64_t n_kv) {
 gm_draft::Graph gm_draft::build_head(int64_t n) {
     Graph g;
     g.ctx    = graph_context(0, &g.graph);
-    g.hidden = input(g.ctx.get(), ggml_new_tensor_2d(g.ctx.get(), GGML_TYPE_F32, params_.n_embd, n), "hidden");
+    g.hidden = input(ggml_new_tensor_2d(g.ctx.get(), GGML_TYPE_F32, params_.n_embd, n), "hidden");
     g.logits = ggml_mul_mat(g.ctx.get(), output_, g.hidden);
     g.argmax = ggml_argmax(g.ctx.get(), g.logits);
     ggml_set_output(g.logits);

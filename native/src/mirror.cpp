@@ -1,33 +1,21 @@
 #include "mirror.h"
 
 #include "device.h"
+#include "stopwatch.h"
 
 #include <algorithm>
 #include <atomic>
-#include <chrono>
 #include <cmath>
 #include <cstring>
 
 using gm::error;
+using gm::Stopwatch;
 
 namespace {
 
 constexpr int64_t kMaxPosition = int64_t(1) << 62;
 
 std::atomic<uint64_t> mirrors_made{ 0 };
-
-// Adds the time it lives to a counter of nanoseconds.
-class Stopwatch {
-  public:
-    explicit Stopwatch(int64_t & ns) : ns_(ns), start_(std::chrono::steady_clock::now()) {}
-    ~Stopwatch() {
-        ns_ += std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now() - start_).count();
-    }
-
-  private:
-    int64_t &                             ns_;
-    std::chrono::steady_clock::time_point start_;
-};
 
 const gm_mirror_params & checked(const gm_mirror_params & p) {
     if (p.taps < 1 || p.taps > 64) throw error(GM_ERR_ARGUMENT, "taps is %d; a mirror has 1 to 64", p.taps);
@@ -145,7 +133,7 @@ void gm_mirror::write_host(int32_t tap, int64_t start, int64_t count, const gm::
         const ggml_tensor & t = *source.tensor;
         stride                = t.nb[1];
         rows                  = static_cast<const char *>(t.data) + uint64_t(source.skipped) * stride;
-        if (!ggml_backend_buffer_is_host(source.buffer())) {
+        if (!ggml_backend_buffer_is_host(gm::buffer_of(&t))) {
             // The target's tap lies on another device: its rows cross once, together.
             const uint64_t row = uint64_t(n_taps) * uint64_t(params_.n_embd) * sizeof(float);
             fetched.resize(size_t(count) * row / sizeof(float));
@@ -200,7 +188,7 @@ void gm_mirror::read(int64_t start, int64_t count, float * rows) {
 
 void gm_mirror::read_tensor(int64_t start, int64_t count, const ggml_tensor & rows) {
     check_range(start, count);
-    const auto buffer = rows.view_src ? rows.view_src->buffer : rows.buffer;
+    const auto buffer = gm::buffer_of(&rows);
     if (rows.type != GGML_TYPE_F32 || !ggml_is_contiguous(&rows) || rows.ne[0] != width() || ggml_nrows(&rows) < count || !rows.data || !buffer) {
         throw error(GM_ERR_WIDTH, "rows must be an allocated, contiguous F32 tensor [%lld, >= %lld]; this is %s [%lld, %lld]", (long long) width(),
                     (long long) count, ggml_type_name(rows.type), (long long) rows.ne[0], (long long) ggml_nrows(&rows));
@@ -396,7 +384,7 @@ gm_status gm_mirror_write_tensor(gm_mirror * mirror, int32_t tap, int64_t start,
             throw gm::error(GM_ERR_WIDTH, "rows must be an F32 tensor [%lld, n] of contiguous rows; this is %s [%lld, %lld, %lld, %lld]", (long long) width,
                             ggml_type_name(t.type), (long long) t.ne[0], (long long) t.ne[1], (long long) t.ne[2], (long long) t.ne[3]);
         }
-        if (!t.data || !source.buffer()) throw gm::error(GM_ERR_ARGUMENT, "tensor %s holds no data yet", t.name);
+        if (!t.data || !gm::buffer_of(&t)) throw gm::error(GM_ERR_ARGUMENT, "tensor %s holds no data yet", t.name);
         m.write(tap, start, ggml_nrows(&t), source);
     });
 }

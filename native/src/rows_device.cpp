@@ -22,10 +22,6 @@ uint64_t DeviceRows::staging_bytes(int64_t width, int64_t cap) {
     return 4 * rows * uint64_t(width) * sizeof(float) + rows * (sizeof(int64_t) + 2 * sizeof(int32_t)) + 4096;
 }
 
-ggml_backend_buffer_t RowSource::buffer() const {
-    return tensor->view_src ? tensor->view_src->buffer : tensor->buffer;
-}
-
 RowSource RowSource::skip(int64_t rows) const {
     RowSource rest = *this;
     if (host) rest.host = reinterpret_cast<const float *>(reinterpret_cast<const char *>(host) + uint64_t(rows) * stride);
@@ -69,13 +65,7 @@ DeviceRows::DeviceRows(ggml_backend_dev_t device, const Dtype & dtype, ggml_tens
         throw error(GM_ERR_UNSUPPORTED, "device %s cannot %s %s rows of %d x %lld with its ggml ops; `ggml-mirror doctor` lists the dtypes that it can hold",
                     ggml_backend_dev_name(device), support.capture ? "read" : "capture", dtype.name, taps, (long long) (ring->ne[0] / taps));
     }
-    backend_.reset(ggml_backend_dev_init(device, nullptr));
-    if (!backend_) throw error(GM_ERR_DEVICE, "device %s does not start", ggml_backend_dev_name(device));
-    using SetThreads = void (*)(ggml_backend_t, int);
-    if (auto set_threads = reinterpret_cast<SetThreads>(
-            ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(device), "ggml_backend_set_n_threads"))) {
-        set_threads(backend_.get(), n_threads);
-    }
+    backend_ = start_backend(device, n_threads);
     staging_ctx_.reset(ggml_init({ 4 * ggml_tensor_overhead(), nullptr, true }));
     rows_    = ggml_new_tensor_2d(staging_ctx_.get(), GGML_TYPE_F32, ring->ne[0], chunk_);
     slots_   = ggml_new_tensor_1d(staging_ctx_.get(), GGML_TYPE_I64, chunk_);
@@ -117,7 +107,7 @@ ggml_tensor * DeviceRows::source_leaf(ggml_context * ctx, const RowSource & sour
     uint64_t       stride    = source.stride;
     if (source.tensor) {
         const ggml_tensor *         t      = source.tensor;
-        const ggml_backend_buffer_t buffer = source.buffer();
+        const ggml_backend_buffer_t buffer = buffer_of(t);
         char *                      data   = static_cast<char *>(t->data) + uint64_t(source.skipped) * t->nb[1];
         const bool same_device = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(buffer)) == device_;
         if (same_device && !ggml_backend_buffer_is_host(buffer)) return leaf(ctx, width, count, t->nb[1], data, buffer);

@@ -15,7 +15,6 @@ struct RowSource {
     const float *       host   = nullptr;
     uint64_t            stride = 0;        // bytes from row to row
     const ggml_tensor * tensor = nullptr;  // rows are its ne[1] * ne[2] * ne[3]
-    ggml_backend_buffer_t buffer() const;  // of the tensor
     RowSource           skip(int64_t rows) const;
     int64_t             skipped = 0;       // rows of the tensor passed over
 };
