@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from cli_run import Result, Run
 from hypothesis import HealthCheck, Phase, settings
 
 from ggml_mirror.dtype import DTYPE_VARIABLE
@@ -38,3 +39,20 @@ def demo_target() -> Path:
     if not path.is_file():
         pytest.skip(f"no demo target at {path}; set GGML_MIRROR_DEMO_TARGET")
     return path
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs a command in this process."""
+    from ggml_mirror import cli
+
+    monkeypatch.delenv(cli.DEBUG_VARIABLE, raising=False)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*arguments: object) -> Result:
+        with pytest.raises(SystemExit) as end:
+            cli.main([str(a) for a in arguments])
+        captured = capsys.readouterr()
+        return Result(end.value.code or 0, captured.out, captured.err)
+
+    return run

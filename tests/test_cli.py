@@ -7,52 +7,19 @@ import os
 import pty
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+from cli_run import Result, Run
 from tiny_models import write_tiny_draft, write_tiny_model
 
-from ggml_mirror import FeatureMirror, cli, devices, doctor
+from ggml_mirror import FeatureMirror, devices, doctor
 from ggml_mirror.dtype import FeatureDtype
 from ggml_mirror.errors import VersionMismatchError
 from ggml_mirror.prompts import read_prompts
 
 DTYPES = [d.value for d in FeatureDtype]
-
-
-@dataclass
-class Result:
-    code: Any
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        def refuse(literal: str) -> None:
-            raise AssertionError(f"{literal} is not JSON")
-
-        return json.loads(self.out, parse_constant=refuse)
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
-    monkeypatch.delenv(cli.DEBUG_VARIABLE, raising=False)
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def run(*arguments: object) -> Result:
-        with pytest.raises(SystemExit) as end:
-            cli.main([str(a) for a in arguments])
-        captured = capsys.readouterr()
-        return Result(end.value.code or 0, captured.out, captured.err)
-
-    return run
-
-
-Run = Callable[..., Result]
 
 
 def _error(result: Result) -> str:

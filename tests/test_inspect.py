@@ -3,50 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import gguf
 import numpy as np
 import pytest
+from cli_run import Run
 from gguf_edit import edit_gguf
 from tiny_models import DRAFT_FORMATS, MASK, N_VOCAB, TARGET_ARCHS, write_tiny_draft, write_tiny_model
 
-from ggml_mirror import cli, row_bytes
+from ggml_mirror import row_bytes
 from ggml_mirror.dtype import FeatureDtype
 from ggml_mirror.model_info import default_taps
 
 DEMO_DRAFT = Path(__file__).parent.parent / "models/smollm2-135m-instruct-dflash-q8_0.gguf"
 
 
-@dataclass
-class Result:
-    code: Any
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out)
-
-
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
-    monkeypatch.delenv(cli.DEBUG_VARIABLE, raising=False)
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def run(*arguments: object) -> Result:
-        with pytest.raises(SystemExit) as end:
-            cli.main(["inspect", *(str(a) for a in arguments)])
-        captured = capsys.readouterr()
-        return Result(end.value.code or 0, captured.out, captured.err)
-
-    return run
-
-
-Run = Callable[..., Result]
+def run(run: Run) -> Run:
+    return lambda *arguments: run("inspect", *arguments)
 
 
 @pytest.fixture(scope="module")
