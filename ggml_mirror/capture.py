@@ -79,11 +79,6 @@ def capture(
         yield
 
 
-def prepare(llm: Llama) -> Hook:
-    """Make the Llama's context able to be captured, as :func:`capture` does at first; its hook knows the model's own tensors."""
-    return Hook.of(llm)
-
-
 class Hook:
     """The eval callback of one native context, and what the model's graph was found to have."""
 
@@ -225,6 +220,8 @@ class Hook:
         present: npt.NDArray[np.int32] = llm.input_ids[:start]
         for mirror in self.mirrors:
             known = mirror._tokens
+            if known is not None and np.array_equal(known[:start], present):
+                continue
             if known is not None and not mirror.closed:
                 n = min(len(known), start)
                 other = np.flatnonzero(known[:n] != present[:n])
@@ -322,7 +319,7 @@ def _remake_context(llm: Llama, hook: Hook) -> None:
     params.cb_eval = ctypes.cast(address, llama_cpp.ggml_backend_sched_eval_callback)
     params.cb_eval_user_data = int(ffi.cast("uintptr_t", hook.handle))
 
-    state = _take_state(context.ctx) if llm.n_tokens > 0 else None
+    state = take_state(context.ctx) if llm.n_tokens > 0 else None
     # Two contexts at once would hold the KV cache twice, which may not fit: the old one goes first.
     llama_cpp.llama_free(context.ctx)
     context.ctx = None
@@ -341,7 +338,7 @@ def _remake_context(llm: Llama, hook: Hook) -> None:
                 adapters: Any = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(llm._lora_adapter)  # type: ignore[misc]
                 llama_cpp.llama_set_adapters_lora(context.ctx, adapters, 1, (ctypes.c_float * 1)(llm.lora_scale))
             if state is not None:
-                llama_cpp.llama_state_set_data(context.ctx, state, len(state))
+                put_state(context.ctx, state)
         llm._requires_eval = True
 
 
@@ -352,12 +349,21 @@ def _new_context(llm: Llama, params: Any) -> Any:
     return ctx
 
 
-def _take_state(ctx: Any) -> Any:
+def take_state(ctx: Any) -> bytes:
+    """A native context's whole state."""
     size = llama_cpp.llama_state_get_size(ctx)
     state = (ctypes.c_uint8 * size)()
-    if llama_cpp.llama_state_get_data(ctx, state, size) > size:
-        raise CaptureError(f"llama.cpp wrote more than the {size} bytes of state that it announced")
-    return state
+    written = llama_cpp.llama_state_get_data(ctx, state, size)
+    if written > size:
+        raise CaptureError(f"llama.cpp wrote {written} bytes of state, {size} were announced")
+    return bytes(memoryview(state)[:written])
+
+
+def put_state(ctx: Any, state: bytes) -> bool:
+    """Give a native context the state back; False: llama.cpp did not take it whole."""
+    data = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
+    taken: int = llama_cpp.llama_state_set_data(ctx, data, len(state))
+    return taken == len(state)
 
 
 def _scratch_token(llm: Llama) -> int:

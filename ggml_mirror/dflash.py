@@ -5,14 +5,12 @@ from __future__ import annotations
 import ctypes
 import time
 from collections.abc import Generator, Sequence
-from contextlib import ExitStack
 from typing import Any
 
-import llama_cpp
 import numpy as np
 from llama_cpp import Llama, LlamaState
 
-from .capture import SEQUENCE, capture, in_use, prepare
+from .capture import SEQUENCE, Hook, capture, in_use, put_state, take_state
 from .device import find_device
 from .draft import Draft, DraftSpec
 from .draft_stats import DraftStats
@@ -107,7 +105,7 @@ class DFlashLlama(Llama):
             )
         if wants_snapshots(self, self.n_draft):
             self.context_params.n_rs_seq = self.n_draft
-        hook = prepare(self)
+        hook = Hook.of(self)
         device = find_device(draft_device) if draft_device != "auto" else hook.output_device()
         self.draft_window = (
             min(self.n_ctx(), DEFAULT_WINDOW) if draft_window is None else min(draft_window, self.n_ctx())
@@ -121,7 +119,6 @@ class DFlashLlama(Llama):
                 dtype=self.feature_dtype,
                 device=device.name,
                 n_threads=self.n_threads_batch,
-                target=fingerprint(self.model_path),
                 draft=fingerprint(self.draft_path),
             )
         )
@@ -137,8 +134,7 @@ class DFlashLlama(Llama):
         self._stack.callback(self.draft.close)
         in_use[id(self)] = [self.draft._handle]
         self._stack.callback(in_use.pop, id(self))
-        self._capture = self._stack.enter_context(ExitStack())
-        self._capture.enter_context(capture(self, self.mirror, spec.taps))
+        self._stack.enter_context(capture(self, self.mirror, spec.taps))
         self._rollback = Rollback(self, self.n_draft)
         self.stats = DraftStats()
 
@@ -224,22 +220,17 @@ class DFlashLlama(Llama):
     def save_state(self) -> DFlashState:
         """The target's state and the mirror's rows, in storage bytes."""
         self._settle()
-        size = llama_cpp.llama_state_get_size(self.ctx)
-        data = (ctypes.c_uint8 * size)()
-        written = llama_cpp.llama_state_get_data(self.ctx, data, size)
-        if written > size:
-            raise RuntimeError(f"llama.cpp wrote {written} bytes of state, {size} were announced")
+        target, rows = take_state(self.ctx), self.mirror.snapshot()
         state = DFlashState(
             input_ids=self.input_ids.copy(),
             # Without logits_all nothing reads old scores; the base class would copy n_batch x n_vocab of them.
             scores=self._scores.copy() if self._logits_all else np.empty((0, self._n_vocab), np.single),
             n_tokens=self.n_tokens,
-            llama_state=bytes(memoryview(data)[:written]),
-            llama_state_size=written,
+            llama_state=target,
+            llama_state_size=len(target) + rows.nbytes,  # what LlamaRAMCache compares with its capacity
             seed=self._seed,
         )
-        state.mirror = self.mirror.snapshot()
-        state.llama_state_size += state.mirror.nbytes  # what LlamaRAMCache compares with its capacity
+        state.mirror = rows
         return state
 
     def load_state(self, state: LlamaState) -> None:
@@ -258,9 +249,7 @@ class DFlashLlama(Llama):
             raise SnapshotMismatchError(
                 f"the state is of n_ctx {len(state.input_ids)}, this model has {len(self.input_ids)}; nothing was changed"
             )
-        size = len(state.llama_state)
-        data = (ctypes.c_uint8 * size).from_buffer_copy(state.llama_state)
-        if llama_cpp.llama_state_set_data(self.ctx, data, size) != size:
+        if not put_state(self.ctx, state.llama_state):
             # llama.cpp may have taken a part: neither side may be trusted.
             self.reset()
             raise RuntimeError("llama.cpp did not take the saved state; the sequence was reset")
@@ -288,7 +277,6 @@ class DFlashLlama(Llama):
         if shared == 0 or not self._rollback.drop(shared):
             self.reset()
             return 0
-        self.mirror.truncate(shared)
         self.n_tokens = shared
         return shared
 
@@ -430,8 +418,7 @@ class _Decoder:
         llm = self.llm
         keep = llm.n_tokens
         try:
-            again = llm._rollback.cut(keep, self.base)
-            llm.mirror.truncate(again)
+            again = llm._rollback.cut(keep, self.base)  # the mirror follows the cells
             if again < keep:
                 llm.n_tokens = again
                 llm._evaluate(llm.input_ids[again:keep].tolist())

@@ -15,7 +15,7 @@ from llama_dflash import Floats, LlamaDFlash, NumpyDFlash, least_cosine, relativ
 from tiny_models import DRAFT_FORMATS, MASK, N_VOCAB, write_tiny_draft, write_tiny_model
 
 from ggml_mirror import FeatureMirror, capture
-from ggml_mirror.capture import Hook, prepare
+from ggml_mirror.capture import Hook
 from ggml_mirror.draft import Draft, DraftSpec, draft_bytes
 from ggml_mirror.errors import ArgumentError, ClosedError, ShapeError
 from ggml_mirror.model_info import ModelInfo
@@ -35,7 +35,7 @@ class Bench:
     def __init__(self, path: Path, n_ctx: int = 64) -> None:
         self.path, self.info = path, ModelInfo.read(path)
         self.llm = Llama(str(path), n_ctx=n_ctx, n_threads=1, n_threads_batch=1, flash_attn=True, verbose=False)
-        self.hook: Hook = prepare(self.llm)
+        self.hook: Hook = Hook.of(self.llm)
         self.open = ExitStack()
 
     def draft(self, path: Path, window: int = 400) -> Draft:
