@@ -22,6 +22,7 @@ from ._native import check, ffi, lib
 from .device import Device, devices
 from .errors import ArgumentError, CaptureError
 from .mirror import FeatureMirror
+from .token_log import TokenLog
 
 if TYPE_CHECKING:
     from llama_cpp import Llama
@@ -219,21 +220,21 @@ class Hook:
             return  # evaluated past the Llama: it does not know the tokens
         present: npt.NDArray[np.int32] = llm.input_ids[:start]
         for mirror in self.mirrors:
-            known = mirror._tokens
-            if known is not None and np.array_equal(known[:start], present):
+            if mirror._tokens is None:
+                mirror._tokens = TokenLog(present)
                 continue
-            if known is not None and not mirror.closed:
-                n = min(len(known), start)
-                other = np.flatnonzero(known[:n] != present[:n])
-                mirror.truncate(int(other[0]) if len(other) else n)
-            mirror._tokens = present.copy()
+            other = mirror._tokens.first_difference(present)
+            if other < start:
+                if not mirror.closed:
+                    mirror.truncate(other)
+                mirror._tokens.put(other, present[other:])
 
     def _note(self, span: tuple[int, int], batch: Any) -> None:
         start, count = span
-        tokens = np.ctypeslib.as_array(batch.batch.token, shape=(count,))
+        tokens = batch.batch.token[:count]
         for mirror in self.mirrors:
             if mirror._tokens is not None:
-                mirror._tokens = np.concatenate([mirror._tokens[:start], tokens])
+                mirror._tokens.put(start, tokens)
 
     # The mirrors follow what is done to the captured sequence's cells, too.
 
@@ -261,19 +262,21 @@ class Hook:
 
 def _positions(batch: Any) -> tuple[int, int] | None:
     """(first position, count) of the captured sequence in a LlamaBatch; None if the batch is of other sequences only."""
+    # Slices of ctypes pointers are lists: at a block's size that is several times faster than an array made of one.
     raw = batch.batch
     n = raw.n_tokens
     if n == 0:
         return None
-    sequences = {raw.seq_id[i][j] for i in range(n) for j in range(raw.n_seq_id[i])}
+    ids, counts = raw.seq_id, raw.n_seq_id[:n]
+    sequences = {ids[i][j] for i in range(n) for j in range(counts[i])}
     if SEQUENCE not in sequences:
         return None
     if sequences != {SEQUENCE}:
         raise CaptureError(f"the batch mixes sequences {sorted(sequences)}; capture follows sequence {SEQUENCE} alone")
-    positions: npt.NDArray[np.int32] = np.ctypeslib.as_array(raw.pos, shape=(n,))
-    if n > 1 and not (np.diff(positions) == 1).all():
+    positions: list[int] = raw.pos[:n]
+    if positions != list(range(positions[0], positions[0] + n)):
         raise CaptureError("the batch's positions are not consecutive; capture needs them so")
-    return int(positions[0]), n
+    return positions[0], n
 
 
 def _checked_taps(llm: Llama, taps: Sequence[int] | None) -> list[int]:

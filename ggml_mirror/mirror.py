@@ -19,6 +19,7 @@ from .errors import ArgumentError, ClosedError, MirrorMemoryError, ShapeError, S
 
 if TYPE_CHECKING:
     from .snapshot import Snapshot
+    from .token_log import TokenLog
 
 Rows = npt.NDArray[np.float32]
 
@@ -130,7 +131,7 @@ class FeatureMirror:
         self._handle: Any = None
         self._lock = threading.RLock()
         #: Tokens whose features capture has written, by position; None: nobody has said.
-        self._tokens: npt.NDArray[np.int32] | None = None
+        self._tokens: TokenLog | None = None
         #: Model and blocks that capture has written from.
         self._source: tuple[str, tuple[int, ...]] | None = None
         self.dtype = FeatureDtype.resolve(dtype)
