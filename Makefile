@@ -6,10 +6,12 @@
 PYTHON ?= python3
 VENV ?= .venv
 MODEL =
+DRAFT =
 MARKERS = not gpu and not soak
 PYTEST_ARGS =
 
 py := $(VENV)/bin/python
+demo_draft := models/smollm2-135m-instruct-dflash-q8_0.gguf
 demo_target = $$($(py) scripts/setup/demo_target.py)
 
 MAKEFLAGS += --no-print-directory
@@ -19,16 +21,19 @@ MAKEFLAGS += --no-print-directory
 help: ## List the targets and their variables
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /  make \1\t/' | expand -t 18
 	@echo
-	@echo 'Variables: PYTHON=python3  VENV=.venv  MODEL=FILE.gguf (demo)  PYTEST_ARGS="-k ring -x" (test, sanitize)'
+	@echo 'Variables: PYTHON=python3  VENV=.venv  MODEL=FILE.gguf DRAFT=FILE.gguf (demo)  PYTEST_ARGS="-k ring -x" (test, sanitize)'
 
 env: ## Create or update the virtual environment, with the package installed in place
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: pass PYTHON=")'
 	@$(PYTHON) scripts/setup/environment.py '$(VENV)'
 
-demo: env ## Probe a real model: bytes, noise and speed of every feature dtype (table, build/demo/probe.json, probe.png)
+demo: env ## Probe a real model (bytes, noise and speed of every dtype), then draft with it: what dtypes cost (build/demo/)
 	@mkdir -p build/demo
-	@set -e; model='$(MODEL)'; [ -n "$$model" ] || model="$(demo_target)"; \
-	$(VENV)/bin/ggml-mirror probe -m "$$model" --json build/demo/probe.json --plot build/demo/probe.png
+	@set -e; model='$(MODEL)'; draft='$(DRAFT)'; [ -n "$$model" ] || { model="$(demo_target)"; draft='$(demo_draft)'; }; \
+	$(VENV)/bin/ggml-mirror probe -m "$$model" --json build/demo/probe.json --plot build/demo/probe.png; \
+	[ -z "$$draft" ] || $(py) scripts/ab_humaneval.py -m "$$model" -md "$$draft" --prompts 3 --style raw -n 64 --plain \
+		--max-acceptance-drop 10 \
+		--json build/demo/ab.json --plot build/demo/ab.png
 
 test: env ## Run all tests that need no GPU (but for `make soak`, long repetitions of some)
 	@set -e; GGML_MIRROR_DEMO_TARGET="$(demo_target)"; export GGML_MIRROR_DEMO_TARGET; \

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-
 #: A token that nobody has told: it equals none.
 UNKNOWN = -1
 

@@ -20,6 +20,9 @@ Columns:
     texts       prompts whose tokens equal the first dtype's; equal plain decoding's (--plain). --json lists each first difference with
                 the gap between the target's two largest logits at that place
 
+A long run can be shared out: --part 1/4 --resume 1.jsonl and so on, each on cores of its own (taskset); then
+`cat 1.jsonl 2.jsonl ... > all.jsonl` and the same command with --resume all.jsonl and no --part prints the whole.
+
 Drafted tokens beyond --n-predict do not count as proposed, as in llama.cpp's server.
 
 Gate, for each dtype but the first and each style: its acceptance may be up to --max-acceptance-drop points below the first dtype's.
@@ -45,7 +48,7 @@ import typer
 from decoding import Counts, Generation, first_difference, generate, load, top_two_gap
 from humaneval import Task, humaneval_prompts, make_tasks
 from intervals import FAIL, Interval, gate, ratio, ratio_difference
-from journal import Journal
+from journal import Journal, part_of
 from llama_cpp import Llama
 from machine import describe
 from rich import box
@@ -395,6 +398,9 @@ def main(
     sequential: Annotated[bool, typer.Option("--sequential", help="One dtype after another, to save memory.")] = False,
     max_acceptance_drop: Annotated[float, typer.Option(help="The gate, in points of acceptance.", min=0)] = 1.0,
     resume: Annotated[Path | None, typer.Option(help="Keep results in this .jsonl and go on from it.")] = None,
+    part: Annotated[
+        str | None, typer.Option(metavar="I/N", help="Only every Nth prompt, from the Ith, into --resume.")
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write every figure to this file.")] = None,
     plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw a picture (.png, .svg, .pdf).")] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Tables as Markdown.")] = False,
@@ -407,6 +413,9 @@ def main(
     names = [FeatureDtype.parse(name).value for name in dtypes.split(",")]
     if len(set(names)) != len(names):
         raise ArgumentError(f"--dtypes {dtypes}: each once")
+    if part and not resume:
+        raise ArgumentError("--part needs --resume FILE, to keep its results")
+    part_of([], part)
     if json_file:
         check_writable(json_file)
     if plot_file:
@@ -431,7 +440,9 @@ def main(
     try:
         if len(journal):
             Console(stderr=True).print(f"{resume} holds {len(journal)} results: going on from there")
-        run(setup, variants, tasks, journal, sequential)
+        run(setup, variants, part_of(tasks, part), journal, sequential)
+        if part:
+            return
         memory = {name: measure_memory(setup, name, tasks[0].tokens) for name in names}
         lines = summarise(setup, names, tasks, journal, memory, max_acceptance_drop, plain)
     finally:
@@ -439,6 +450,11 @@ def main(
 
     console = Console(width=None if Console().is_terminal else 200)
     console.print(f"{model.name} + {draft.name}; {describe(threads)}; greedy, {n_predict} tokens, {len(tasks)} tasks")
+    if plain:
+        speed = _plain_speed(tasks, journal)
+        console.print(
+            f"plain decoding: {speed['decode_tok_s']:.2f} decode tok/s, {speed['output_tok_s']:.2f} output tok/s"
+        )
     console.print(result_table(lines, markdown))
     if len(names) > 1:
         console.print(difference_table(lines, names[0], markdown))

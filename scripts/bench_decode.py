@@ -16,6 +16,9 @@ count steps: there, steps are the tokens after the first, less those accepted. A
 as llama-server counts. "python ms" is Python's own time per step
 (per token where nothing is drafted): decoding less all native calls, median over prompts.
 
+A long run can be shared out: --part 1/4 --resume 1.jsonl and so on, each on cores of its own (taskset); then
+`cat 1.jsonl 2.jsonl ... > all.jsonl` and the same command with --resume all.jsonl and no --part prints the whole.
+
 Threads that spin for each other lose most to other work on the machine: run on an idle one, or with -t below its cores.
 
 llama-server comes with llama.cpp's source inside llama-cpp-python's sdist. To build it against the very ggml that llama_cpp
@@ -41,7 +44,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -51,6 +54,7 @@ import llama_cpp
 import typer
 from decoding import Counts, Generation, generate, load
 from humaneval import Task, humaneval_prompts, make_tasks
+from journal import Journal, part_of
 from llama_cpp import Llama
 from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 from machine import describe
@@ -59,7 +63,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ggml_mirror import FeatureDtype, GgmlMirrorError, __version__
+from ggml_mirror import FeatureDtype, GgmlMirrorError, __version__, fingerprint
 from ggml_mirror.errors import ArgumentError
 from ggml_mirror.output import check_writable, write_atomically, write_json
 from ggml_mirror.plot import check_plot
@@ -354,6 +358,10 @@ def main(
     llama_server: Annotated[Path | None, typer.Option(help="llama.cpp's llama-server (see above).")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write every figure to this file.")] = None,
     plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw a picture (.png, .svg, .pdf).")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Keep results in this .jsonl and go on from it.")] = None,
+    part: Annotated[
+        str | None, typer.Option(metavar="I/N", help="Only every Nth prompt, from the Ith, into --resume.")
+    ] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Tables as Markdown.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Exit code 1 unless every goal is met.")] = False,
 ) -> None:
@@ -362,6 +370,9 @@ def main(
         check_writable(json_file)
     if plot_file:
         check_plot(plot_file)
+    if part and not resume:
+        raise ArgumentError("--part needs --resume FILE, to keep its results")
+    part_of([], part)
     chosen = humaneval_prompts(prompt_file)
     chosen = chosen[: prompts or len(chosen)]
     n_threads = threads or default_threads()
@@ -393,7 +404,15 @@ def main(
                 decoders[variant] = lambda tokens, server=server: server.generate(tokens, n_predict)
 
         tasks = make_tasks(plain, chosen, style, limit=n_ctx - n_predict - n_draft - 1)
-        results = _run(decoders, tasks)
+        settings = {
+            "target": fingerprint(model), "draft": fingerprint(draft), "n_predict": n_predict, **common,
+            "draft_window": draft_window, "llama_cpp": llama_cpp.__version__, "machine": describe(threads),
+        }  # fmt: skip
+        journal = stack.enter_context(closing(Journal(resume, settings)))
+        _run(decoders, part_of(tasks, part), journal)
+        if part:
+            return
+        results = {v: [Generation.from_json(journal[_key(task, v)]) for task in tasks] for v in decoders}
 
     console = Console(width=None if Console().is_terminal else 200)
     console.print(f"{model.name} + {draft.name}; {describe(threads)}; greedy, {n_predict} tokens; medians over prompts")
@@ -422,22 +441,28 @@ def main(
         raise typer.Exit(1)
 
 
-def _run(decoders: dict[str, Decode], tasks: list[Task]) -> dict[str, list[Generation]]:
-    """Each variant's results in the order of tasks; a first, uncounted run touches weights and buffers."""
+def _run(decoders: dict[str, Decode], tasks: list[Task], journal: Journal) -> None:
+    """Decode what the journal does not hold yet; a first, uncounted run touches weights and buffers."""
     variants = list(decoders)
-    results: dict[str, list[Generation]] = {variant: [] for variant in variants}
+    todo = [
+        (task, variants[(number + i) % len(variants)])
+        for number, task in enumerate(tasks)
+        for i in range(len(variants))
+    ]
+    todo = [(task, variant) for task, variant in todo if _key(task, variant) not in journal]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as progress:
-        bar = progress.add_task("warming up", total=len(tasks) * len(variants))
-        for decode in decoders.values():
-            decode(tasks[0].tokens)
-        for number, task in enumerate(tasks):
-            by = number % len(variants)
-            for variant in variants[by:] + variants[:by]:
-                progress.update(bar, description=f"{task.key}, {variant}")
-                results[variant].append(decoders[variant](task.tokens))
-                progress.advance(bar)
-    return results
+        bar = progress.add_task("warming up", total=len(todo))
+        for variant in dict.fromkeys(variant for _, variant in todo):
+            decoders[variant](tasks[0].tokens)
+        for task, variant in todo:
+            progress.update(bar, description=f"{task.key}, {variant}")
+            journal.add(_key(task, variant), decoders[variant](task.tokens).to_json())
+            progress.advance(bar)
+
+
+def _key(task: Task, variant: str) -> str:
+    return f"{task.key}/{variant}"
 
 
 if __name__ == "__main__":

@@ -1,19 +1,23 @@
-"""Results of a long run, kept one a line as they come, so that a run that was killed can go on."""
+"""Results of a long run, kept one a line as they come, so that a run that was killed can go on, or be shared out."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ggml_mirror.errors import ArgumentError
+
+Item = TypeVar("Item")
 
 
 class Journal:
     """A JSON-lines file: the run's settings, then one result a line under its key. Without a path, kept in memory only.
 
-    Each line is written by one call and forced to disk. What a kill leaves of a line is cut off at the next start.
+    Each line is written by one call and forced to disk. What a kill leaves of a line is cut off at the next start. The journals of
+    several parts of one run make one journal when they are put one after the other (``cat``).
 
     Raises:
         ArgumentError: the file is of a run with other settings (the message names them), or not a journal.
@@ -45,9 +49,10 @@ class Journal:
 
     def _read(self, lines: list[bytes], settings: dict[str, Any]) -> None:
         try:
-            first, *rest = (json.loads(line) for line in lines)
-            kept = first["settings"]
-            self._results = {line["key"]: line["result"] for line in rest}
+            parsed = [json.loads(line) for line in lines]
+            runs = [line["settings"] for line in parsed if "settings" in line]
+            kept = next((run for run in runs if run != settings), parsed[0]["settings"])
+            self._results = {line["key"]: line["result"] for line in parsed if "settings" not in line}
         except (ValueError, KeyError, TypeError) as error:
             raise ArgumentError(f"{self._path} is not a journal of this script; name another file") from error
         other = sorted(name for name in kept.keys() | settings.keys() if kept.get(name) != settings.get(name))
@@ -77,3 +82,17 @@ class Journal:
         if self._file is not None:
             os.close(self._file)
             self._file = None
+
+
+def part_of(tasks: Sequence[Item], part: str | None) -> list[Item]:
+    """Every Nth of the tasks, from the Ith on, for ``part`` "I/N"; all for None.
+
+    Raises:
+        ArgumentError: no such part.
+    """
+    if part is None:
+        return list(tasks)
+    index, _, of = part.partition("/")
+    if not (index.isdecimal() and of.isdecimal() and 1 <= int(index) <= int(of)):
+        raise ArgumentError(f"--part {part}: as 1/4, 2/4, 3/4, 4/4")
+    return list(tasks[int(index) - 1 :: int(of)])

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 
 from humaneval import as_chat, humaneval_prompts  # noqa: E402
-from journal import Journal  # noqa: E402
+from journal import Journal, part_of  # noqa: E402
 
 from ggml_mirror.errors import ArgumentError  # noqa: E402
 from ggml_mirror.prompts import Prompt  # noqa: E402
@@ -72,6 +72,31 @@ def test_journal_of_other_settings_is_refused_and_left_alone(tmp_path: Path) -> 
     assert path.read_bytes() == before + b"no json\n"
 
 
+def test_journals_of_parts_make_one(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        journal = Journal(tmp_path / name, SETTINGS)
+        journal.add(name, 1)
+        journal.close()
+    both = tmp_path / "both"
+    both.write_bytes((tmp_path / "a").read_bytes() + (tmp_path / "b").read_bytes())
+    journal = Journal(both, SETTINGS)
+    assert "a" in journal and "b" in journal and len(journal) == 2
+    journal.close()
+    Journal(tmp_path / "other", {**SETTINGS, "n_predict": 9}).close()
+    both.write_bytes((tmp_path / "a").read_bytes() + (tmp_path / "other").read_bytes())
+    with pytest.raises(ArgumentError, match="n_predict 9, now 8"):
+        Journal(both, SETTINGS)
+
+
+def test_parts() -> None:
+    tasks = list(range(7))
+    assert sorted(t for i in (1, 2, 3) for t in part_of(tasks, f"{i}/3")) == tasks
+    assert part_of(tasks, None) == tasks
+    for bad in ("0/3", "4/3", "1", "a/b", "1/0", "-1/2"):
+        with pytest.raises(ArgumentError, match="--part"):
+            part_of(tasks, bad)
+
+
 def test_chat_prompt() -> None:
     chat = as_chat(Prompt("x", "def f():\n    pass\n\n"))
     assert chat.text == "Complete this Python function:\n\n```python\ndef f():\n    pass\n```"
@@ -107,20 +132,8 @@ def test_a_run_resumed_in_the_middle_reports_what_a_whole_run_does(
     target, draft, prompts = tiny
     journal, report = tmp_path / "ab.jsonl", tmp_path / "ab.json"
     arguments = [
-        *(
-            "-m",
-            str(target),
-            "-md",
-            str(draft),
-            "--prompt-file",
-            str(prompts),
-            "--style",
-            "raw",
-            "-n",
-            "12",
-            "-c",
-            "256",
-        ),
+        *("-m", str(target), "-md", str(draft), "--prompt-file", str(prompts)),
+        *("--style", "raw", "-n", "12", "-c", "256"),
         *("-t", "1", "--dtypes", "f32,q8_0", "--plain", "--resume", str(journal), "--json", str(report)),
         *("--plot", str(tmp_path / "ab.png")),
     ]
@@ -149,3 +162,25 @@ def test_what_cannot_be_run_is_exit_code_2(tiny: tuple[Path, Path, Path]) -> Non
     done = run_script("ab_humaneval.py", "-m", str(target), "-md", str(draft), "--dtypes", "f32,f33")
     assert done.returncode == 2
     assert "f33" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_parts_of_a_decode_benchmark_make_the_whole(tiny: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    target, draft, prompts = tiny
+    common = ["-m", str(target), "-md", str(draft), "--prompt-file", str(prompts), "-n", "12", "-c", "256", "-t", "1"]
+    journals = []
+    for i in (1, 2):
+        journals.append(tmp_path / f"{i}.jsonl")
+        done = run_script("bench_decode.py", *common, "--part", f"{i}/2", "--resume", str(journals[-1]))
+        assert done.returncode == 0, done.stderr
+    joined, report = tmp_path / "all.jsonl", tmp_path / "decode.json"
+    joined.write_bytes(b"".join(path.read_bytes() for path in journals))
+    size = joined.stat().st_size
+    done = run_script("bench_decode.py", *common, "--resume", str(joined), "--json", str(report))
+    assert done.returncode == 0, done.stderr
+    assert joined.stat().st_size == size  # nothing was left to decode
+    rows = {row["variant"]: row for row in json.loads(report.read_text())["rows"]}
+    assert set(rows) == {"plain", "lookup", "f32", "q8_0"}
+    assert all(row["prompts"] == row["texts_as_plain"] == 2 for row in rows.values())
+    assert rows["f32"]["counts"]["proposed"] > 0
+    done = run_script("bench_decode.py", *common, "--part", "1/2")
+    assert done.returncode == 2 and "--resume" in done.stderr
