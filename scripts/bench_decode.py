@@ -391,7 +391,8 @@ def main(
         decoders: dict[str, Decode] = {PLAIN: greedy(plain)}
         if lookup:
             drafting = CountingLookup(num_pred_tokens=7)
-            llm = opened(load(str(model), None, draft_model=drafting, **common))
+            # Without logits_all, Llama writes a draft_model's logits past the end of an array of n_batch rows.
+            llm = opened(load(str(model), None, draft_model=drafting, logits_all=True, **common))
             decoders[LOOKUP] = lookup_decoder(llm, drafting, n_predict)
         n_draft = 7
         for name in names:
