@@ -206,10 +206,12 @@ class DraftBytes:
 
 @dataclass(frozen=True)
 class DraftTimes:
-    """Work of a draft since it was made, or :meth:`Draft.reset_times`; nanoseconds."""
+    """Work of a draft since it was made, or :meth:`Draft.reset_times`; nanoseconds. ``rows_moved``: whose keys and values were
+    copied so that the window's lie in the order of their positions."""
 
     steps: int
     rows_projected: int
+    rows_moved: int
     read_ns: int
     project_ns: int
     block_ns: int
@@ -280,7 +282,7 @@ class Draft:
     def times(self) -> DraftTimes:
         t = ffi.new("gm_draft_times *")
         check(lib.gm_draft_get_times(self._open(), t))
-        return DraftTimes(t.steps, t.rows_projected, t.read_ns, t.project_ns, t.block_ns)
+        return DraftTimes(t.steps, t.rows_projected, t.rows_moved, t.read_ns, t.project_ns, t.block_ns)
 
     def reset_times(self) -> None:
         check(lib.gm_draft_reset_times(self._open()))

@@ -244,8 +244,9 @@ typedef struct gm_draft_bytes {
 
 typedef struct gm_draft_times {
     int64_t steps, rows_projected;
+    int64_t rows_moved;        // whose keys and values were copied to make room
     int64_t read_ns;           // rows from the mirror to F32
-    int64_t project_ns;        // rows to keys and values
+    int64_t project_ns;        // rows to keys and values, and to make room for them
     int64_t block_ns;          // the noise block, up to its tokens
 } gm_draft_times;
 

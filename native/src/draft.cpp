@@ -14,7 +14,7 @@ using gm::Stopwatch;
 namespace {
 
 constexpr int64_t kProjectRows = 256;  // rows per projection graph
-constexpr int64_t kKvStep      = 256;  // attention spans grow by this much, so that graphs are reused between steps
+constexpr int64_t kKvStep      = 256;  // attention spans begin and grow by this much, so that graphs are reused between steps
 constexpr size_t  kBlockGraphs = 8;    // cached, for block sizes and spans in use
 
 const gm_draft_params & checked(const gm_draft_params & p) {
@@ -47,8 +47,13 @@ const gm_draft_params & checked(const gm_draft_params & p) {
     return p;
 }
 
-// The block's own keys share the ring with the context's: speculative rows must not displace rows that the window needs.
-int64_t slots_for(const gm_draft_params & p) { return (p.window + p.block_size + kKvStep - 1) / kKvStep * kKvStep; }
+int64_t round_down(int64_t n) { return n / kKvStep * kKvStep; }
+int64_t round_up(int64_t n) { return round_down(n + kKvStep - 1); }
+
+// Keys and values lie in the order of their positions: attention sums them as in a cache that never wrapped. The window, the block
+// and what lies before the window in its first kKvStep slots have room; the rest is slack. When it is used up, the window's rows move
+// to the front, more than an eighth of the window further: at most 9 rows are copied for each that was filled.
+int64_t slots_for(const gm_draft_params & p) { return round_up(p.window + p.block_size + kKvStep - 1 + p.window / 8); }
 
 uint64_t kv_bytes(const gm_draft_params & p) {
     return uint64_t(2) * uint64_t(p.n_layer) * ggml_row_size(GGML_TYPE_F16, int64_t(p.n_head_kv) * p.head_dim) * uint64_t(slots_for(p));
@@ -118,7 +123,7 @@ gm_draft::gm_draft(const gm_draft_params & params)
     }
     // A masked slot still enters sums with weight 0: it must hold no NaN.
     ggml_backend_buffer_clear(kv_buffer_.get(), 0);
-    slots_.resize(size_t(kv_slots_));
+    versions_.resize(size_t(kv_slots_));
 }
 
 gm_draft_bytes gm_draft::bytes() const {
@@ -176,8 +181,9 @@ void gm_draft::compute(const Graph & g, ggml_backend_t backend) {
     if (status != GGML_STATUS_SUCCESS) throw error(GM_ERR_BACKEND, "device %s failed to run the draft: %s", ggml_backend_name(backend), ggml_status_to_string(status));
 }
 
-static ggml_context_ptr graph_context(int32_t n_layer, ggml_cgraph ** graph) {
-    const size_t     nodes = 64 + size_t(n_layer) * 64;
+static size_t nodes_of(int32_t n_layer) { return 64 + size_t(n_layer) * 64; }
+
+static ggml_context_ptr graph_context(size_t nodes, ggml_cgraph ** graph) {
     ggml_context_ptr ctx(ggml_init({ 2 * nodes * ggml_tensor_overhead() + ggml_graph_overhead_custom(nodes, false), nullptr, true }));
     if (!ctx) throw error(GM_ERR_MEMORY, "out of host memory for a graph");
     *graph = ggml_new_graph_custom(ctx.get(), nodes, false);
@@ -187,7 +193,7 @@ static ggml_context_ptr graph_context(int32_t n_layer, ggml_cgraph ** graph) {
 // Rows -> keys and values of every layer. in_place: where the rows lie in an F32 ring; else they are read into g.rows.
 gm_draft::Graph gm_draft::build_project(int64_t n, void * in_place, ggml_backend_buffer_t buffer) {
     Graph g;
-    g.ctx              = graph_context(params_.n_layer, &g.graph);
+    g.ctx              = graph_context(nodes_of(params_.n_layer), &g.graph);
     ggml_context * ctx = g.ctx.get();
     g.rows             = input(ggml_new_tensor_2d(ctx, GGML_TYPE_F32, int64_t(params_.n_taps) * params_.n_embd_target, n), "target_hidden_cat");
     if (in_place) {
@@ -206,10 +212,10 @@ gm_draft::Graph gm_draft::build_project(int64_t n, void * in_place, ggml_backend
     return g;
 }
 
-// Noise block -> hidden states (and tokens, where the output matrix lies on this device), over the first n_kv slots.
+// Noise block -> hidden states (and tokens, where the output matrix lies on this device), over n_kv slots: see place_span.
 gm_draft::Graph gm_draft::build_block(int64_t n, int64_t n_kv) {
     Graph g;
-    g.ctx              = graph_context(params_.n_layer, &g.graph);
+    g.ctx              = graph_context(nodes_of(params_.n_layer), &g.graph);
     ggml_context * ctx = g.ctx.get();
     const int64_t  hd = params_.head_dim, n_head = params_.n_head, n_head_kv = params_.n_head_kv;
     g.positions = input(ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n), "positions");
@@ -234,11 +240,12 @@ gm_draft::Graph gm_draft::build_block(int64_t n, int64_t n_kv) {
         ggml_tensor *          cur  = norm(ctx, x, l.attn_norm);
         ggml_tensor *          q    = ggml_reshape_3d(ctx, ggml_mul_mat(ctx, l.attn_q, cur), hd, n_head, n);
         q                           = rope(ctx, norm(ctx, q, l.attn_q_norm), g.positions);
-        // The block's keys go into free slots of the same ring, so attention reads one span.
+        // The block's keys go into the slots behind the context's, so attention reads one span.
         ggml_tensor * k = ggml_set_rows(ctx, kv_[il].k, key(ctx, l, cur, g.positions), g.slots);
         ggml_tensor * v = ggml_set_rows(ctx, kv_[il].v, value(ctx, l, cur), g.slots);
         k = ggml_view_3d(ctx, k, hd, n_kv, n_head_kv, k->nb[1], ggml_row_size(k->type, hd), 0);
         v = ggml_view_3d(ctx, v, hd, n_kv, n_head_kv, v->nb[1], ggml_row_size(v->type, hd), 0);
+        g.spans.insert(g.spans.end(), { k, v });
         cur = ggml_flash_attn_ext(ctx, ggml_permute(ctx, q, 0, 2, 1, 3), k, v, swa ? g.mask_swa : g.mask, kq_scale, 0.0f, 0.0f);
         if (l.attn_sinks) ggml_flash_attn_ext_add_sinks(cur, l.attn_sinks);
         ggml_prec_set_acc(cur, GGML_PREC_F32);
@@ -268,10 +275,28 @@ gm_draft::Graph gm_draft::build_block(int64_t n, int64_t n_kv) {
     return g;
 }
 
+// Rows [shift, shift + count) of keys and values -> rows from 0, in pieces that do not overlap with where they go.
+gm_draft::Graph gm_draft::build_move(int64_t shift, int64_t count) {
+    const int64_t pieces = (count + shift - 1) / shift;
+    Graph         g;
+    g.ctx = graph_context(6 * size_t(pieces) * kv_.size(), &g.graph);
+    for (int64_t to = 0; to < count; to += shift) {
+        const int64_t n = std::min(shift, count - to);
+        for (const Keys & keys : kv_) {
+            for (ggml_tensor * t : { keys.k, keys.v }) {
+                const auto rows = [&](int64_t first) { return ggml_view_2d(g.ctx.get(), t, t->ne[0], n, t->nb[1], size_t(first) * t->nb[1]); };
+                ggml_build_forward_expand(g.graph, ggml_cpy(g.ctx.get(), rows(to + shift), rows(to)));
+            }
+        }
+    }
+    start(g, backend_.get());
+    return g;
+}
+
 // The last product where the target's output matrix lies on another device: only hidden states of one block cross.
 gm_draft::Graph gm_draft::build_head(int64_t n) {
     Graph g;
-    g.ctx    = graph_context(0, &g.graph);
+    g.ctx    = graph_context(nodes_of(0), &g.graph);
     g.hidden = input(ggml_new_tensor_2d(g.ctx.get(), GGML_TYPE_F32, params_.n_embd, n), "hidden");
     g.logits = ggml_mul_mat(g.ctx.get(), output_, g.hidden);
     g.argmax = ggml_argmax(g.ctx.get(), g.logits);
@@ -310,6 +335,32 @@ gm_draft::Graph & gm_draft::head_graph(int64_t n) {
 
 // -------------------------------------------------------------------------------------------------- step
 
+// Slots for positions start..end-1, of which those from n_past on are the block's; rows that are still good are kept.
+void gm_draft::make_room(int64_t start, int64_t n_past, int64_t end) {
+    if (start >= first_ && end - first_ <= kv_slots_) return;
+    Stopwatch             watch(times.project_ns);
+    const int64_t         shift = round_down(start) - first_;
+    std::vector<uint64_t> kept;
+    if (shift > 0 && shift < kv_slots_) {
+        kept.assign(versions_.begin() + shift, versions_.begin() + std::clamp<int64_t>(n_past - first_, shift, kv_slots_));
+        while (!kept.empty() && kept.back() == 0) kept.pop_back();
+    }
+    first_ += shift;
+    std::fill(versions_.begin(), versions_.end(), 0);
+    if (kept.empty()) return;
+    compute(build_move(shift, int64_t(kept.size())), backend_.get());
+    std::copy(kept.begin(), kept.end(), versions_.begin());
+    times.rows_moved += int64_t(kept.size());
+}
+
+// Where the attention of a block graph begins to read.
+void gm_draft::place_span(const Graph & g, int64_t slot) {
+    for (ggml_tensor * t : g.spans) {
+        t->view_offs = size_t(slot) * t->nb[1];
+        t->data      = static_cast<char *>(t->view_src->data) + t->view_offs;
+    }
+}
+
 void gm_draft::project(gm_mirror & mirror, int64_t start, int64_t count, const uint64_t * versions) {
     Graph   direct;
     Graph * g     = nullptr;
@@ -328,13 +379,14 @@ void gm_draft::project(gm_mirror & mirror, int64_t start, int64_t count, const u
     std::vector<int64_t> slots(static_cast<size_t>(count));
     for (int64_t i = 0; i < count; ++i) {
         positions[size_t(i)] = int32_t(start + i);
-        slots[size_t(i)]     = (start + i) % kv_slots_;
-        slots_[size_t(slots[size_t(i)])] = Slot{};
+        slots[size_t(i)]     = start + i - first_;
     }
+    const auto held = versions_.begin() + (start - first_);
+    std::fill_n(held, count, 0);
     set(g->positions, positions.data());
     set(g->slots, slots.data());
     compute(*g, backend_.get());
-    for (int64_t i = 0; i < count; ++i) slots_[size_t(slots[size_t(i)])] = { start + i, versions[i] };
+    std::copy_n(versions, count, held);
     times.rows_projected += count;
 }
 
@@ -342,10 +394,7 @@ void gm_draft::project(gm_mirror & mirror, int64_t start, int64_t count, const u
 void gm_draft::project_changed(gm_mirror & mirror, int64_t start, int64_t count) {
     // Taken before the rows are read: a row that is rewritten meanwhile is projected again at the next step.
     const auto versions = mirror.versions(start, count);
-    const auto fresh    = [&](int64_t i) {
-        const Slot & s = slots_[size_t((start + i) % kv_slots_)];
-        return s.position == start + i && s.version == versions[size_t(i)];
-    };
+    const auto fresh    = [&](int64_t i) { return versions_[size_t(start + i - first_)] == versions[size_t(i)]; };
     for (int64_t i = 0, n; i < count; i += n) {
         n = 1;
         if (fresh(i)) continue;
@@ -354,7 +403,8 @@ void gm_draft::project_changed(gm_mirror & mirror, int64_t start, int64_t count)
     }
 }
 
-void gm_draft::fill_masks(const Graph & g, int64_t n, int64_t n_kv, int64_t context_start, int64_t n_past) {
+// span: the position of the mask's first column.
+void gm_draft::fill_masks(const Graph & g, int64_t n, int64_t n_kv, int64_t span, int64_t context_start, int64_t n_past) {
     const uint16_t open = 0, shut = ggml_fp32_to_fp16(-INFINITY);
     for (ggml_tensor * mask : { g.mask, g.mask_swa }) {
         if (!mask) continue;
@@ -364,7 +414,7 @@ void gm_draft::fill_masks(const Graph & g, int64_t n, int64_t n_kv, int64_t cont
             const int64_t query = n_past + i;
             const int64_t first = mask == g.mask_swa ? std::max(context_start, query - params_.n_swa + 1) : context_start;
             const int64_t last  = params_.causal ? query : n_past + n - 1;  // bidirectional inside the block
-            for (int64_t p = first; p <= last; ++p) row[p % kv_slots_] = open;
+            for (int64_t p = first; p <= last; ++p) row[p - span] = open;
         }
         set(mask, mask_data_.data());
     }
@@ -390,30 +440,33 @@ int64_t gm_draft::step(gm_mirror & mirror, int64_t n_past, int32_t last_token, i
         throw error(GM_ERR_WIDTH, "the draft reads rows of %d x %d, the mirror holds %d x %lld", params_.n_taps, params_.n_embd_target, mirror.taps(), (long long) mirror.n_embd());
     }
     last_logits_ = nullptr;
-    if (source_ != mirror.id()) std::fill(slots_.begin(), slots_.end(), Slot{});
+    if (source_ != mirror.id()) std::fill(versions_.begin(), versions_.end(), 0);
     source_ = mirror.id();
 
     const int64_t context = mirror.stretch_before(n_past, params_.window);
     const int64_t start   = n_past - context;
+    const int64_t end     = n_past + n;
+    make_room(start, n_past, end);
     project_changed(mirror, start, context);
 
     Stopwatch            watch(times.block_ns);
-    const int64_t        end  = n_past + n;  // slots in use; all of them once the ring has wrapped
-    const int64_t        n_kv = end > kv_slots_ ? kv_slots_ : (end + kKvStep - 1) / kKvStep * kKvStep;
+    const int64_t        span = round_down(start);
+    const int64_t        n_kv = round_up(end - span);
     Graph &              g    = block_graph(n, n_kv);
     std::vector<int32_t> block(size_t(n), params_.mask_token), positions(static_cast<size_t>(n));
     std::vector<int64_t> slots(static_cast<size_t>(n));
     block[0] = last_token;
     for (int64_t i = 0; i < n; ++i) {
         positions[size_t(i)] = int32_t(n_past + i);
-        slots[size_t(i)]     = (n_past + i) % kv_slots_;
-        slots_[size_t(slots[size_t(i)])] = Slot{};  // noise is nobody's context
+        slots[size_t(i)]     = n_past + i - first_;
+        versions_[size_t(slots[size_t(i)])] = 0;  // noise is nobody's context
     }
     if (g.tokens) set(g.tokens, block.data());
     if (g.embeddings) set_embeddings(g.embeddings, block);
     set(g.positions, positions.data());
     set(g.slots, slots.data());
-    fill_masks(g, n, n_kv, start, n_past);
+    place_span(g, span - first_);
+    fill_masks(g, n, n_kv, span, start, n_past);
     compute(g, backend_.get());
 
     Graph * head = &g;

@@ -36,6 +36,7 @@ struct gm_draft {
         ggml_tensor *    slots = nullptr;      // I64 [n]
         ggml_tensor *    mask = nullptr;       // F16 [n_kv, n]
         ggml_tensor *    mask_swa = nullptr;
+        std::vector<ggml_tensor *> spans;      // the keys and values that attention reads, F16 [head_dim, n_kv, n_head_kv]
         // outputs
         ggml_tensor *    hidden = nullptr;     // F32 [n_embd, n]
         ggml_tensor *    logits = nullptr;     // F32 [n_vocab, n]
@@ -46,14 +47,17 @@ struct gm_draft {
 
     Graph   build_project(int64_t n, void * in_place, ggml_backend_buffer_t buffer);
     Graph   build_block(int64_t n, int64_t n_kv);
+    Graph   build_move(int64_t shift, int64_t count);
     Graph   build_head(int64_t n);
     Graph & project_graph(int64_t n);
     Graph & block_graph(int64_t n, int64_t n_kv);
     Graph & head_graph(int64_t n);
 
+    void make_room(int64_t start, int64_t n_past, int64_t end);
     void project_changed(gm_mirror & mirror, int64_t start, int64_t count);
     void project(gm_mirror & mirror, int64_t start, int64_t count, const uint64_t * versions);
-    void fill_masks(const Graph & g, int64_t n, int64_t n_kv, int64_t context_start, int64_t n_past);
+    void place_span(const Graph & g, int64_t slot);
+    void fill_masks(const Graph & g, int64_t n, int64_t n_kv, int64_t span, int64_t context_start, int64_t n_past);
     void set_embeddings(ggml_tensor * embeddings, const std::vector<int32_t> & tokens);
     void start(Graph & g, ggml_backend_t backend);
     void compute(const Graph & g, ggml_backend_t backend);
@@ -75,8 +79,8 @@ struct gm_draft {
     ggml_backend_buffer_ptr kv_buffer_;
     std::vector<Keys>       kv_;
     int64_t                 kv_slots_;
-    struct Slot { int64_t position = -1; uint64_t version = 0; };
-    std::vector<Slot>       slots_;       // whose keys each slot holds, and of which version of the row
+    int64_t                 first_ = 0;   // position of slot 0, a multiple of kKvStep; slot i is of position first_ + i
+    std::vector<uint64_t>   versions_;    // of the row that each slot's keys are of; 0: of none
     uint64_t                source_ = 0;  // id of the mirror that the keys are of
 
     std::map<int64_t, Graph>                     project_graphs_, head_graphs_;
