@@ -193,7 +193,7 @@ class DraftSpec:
 
 @dataclass(frozen=True)
 class DraftBytes:
-    """Device bytes: weights, keys and values of the window, and scratch."""
+    """Device bytes: weights, keys and values of the window, and scratch of the graphs. They do not grow while a draft works."""
 
     weights: int
     kv: int
@@ -329,7 +329,7 @@ def draft_params(spec: DraftSpec, *, n_vocab: int, device_index: int, window: in
 
 
 def draft_bytes(spec: DraftSpec, *, n_vocab: int, device_index: int, window: int) -> DraftBytes:
-    """The device bytes that a :class:`Draft` would allocate before its first step, without allocating."""
+    """The device bytes that a :class:`Draft` would allocate, without allocating."""
     b = ffi.new("gm_draft_bytes *")
     params = draft_params(spec, n_vocab=n_vocab, device_index=device_index, window=window)  # it owns the path
     check(lib.gm_draft_size_of(params.struct, b))

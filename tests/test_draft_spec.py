@@ -384,7 +384,7 @@ def test_bytes_need_a_readable_file_too(own: Path, target: ModelInfo, tmp_path: 
     device = find_device("cpu").index
     said = draft_bytes(spec, n_vocab=N_VOCAB, device_index=device, window=64)
     tensors = GgufFile.read(own).tensors.values()
-    assert said.weights == sum(t.n_bytes or 0 for t in tensors)
+    assert 0 <= said.weights - sum(t.n_bytes or 0 for t in tensors) < 64 * len(tensors)  # alignment of each
     for path in (tmp_path, tmp_path / "none.gguf", Path("/dev/null")):
         with pytest.raises(ArgumentError, match="not a readable GGUF file"):
             draft_bytes(dataclasses.replace(spec, path=path), n_vocab=N_VOCAB, device_index=device, window=64)

@@ -239,7 +239,7 @@ typedef struct gm_draft_params {
 typedef struct gm_draft_bytes {
     uint64_t weights;
     uint64_t kv;               // keys and values of the window, derived from rows
-    uint64_t compute;          // scratch, 0 before the first step
+    uint64_t compute;          // scratch of the graphs
 } gm_draft_bytes;
 
 typedef struct gm_draft_times {
@@ -250,7 +250,8 @@ typedef struct gm_draft_times {
     int64_t block_ns;          // the noise block, up to its tokens
 } gm_draft_times;
 
-// Bytes that gm_draft_new would allocate on the device; the file is read as far as its header.
+// The bytes that gm_draft_new would allocate for these parameters: the same functions, without memory. A draft takes no more while it
+// works. The file is read as far as its header; matrices of the target that are NULL count as lying on the draft's device.
 GM_API gm_status gm_draft_size_of(const gm_draft_params * params, gm_draft_bytes * bytes);
 
 GM_API gm_status gm_draft_new(const gm_draft_params * params, gm_draft ** out);

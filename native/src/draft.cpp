@@ -15,7 +15,6 @@ namespace {
 
 constexpr int64_t kProjectRows = 256;  // rows per projection graph
 constexpr int64_t kKvStep      = 256;  // attention spans begin and grow by this much, so that graphs are reused between steps
-constexpr size_t  kBlockGraphs = 8;    // cached, for block sizes and spans in use
 
 const gm_draft_params & checked(const gm_draft_params & p) {
     const auto within = [](int64_t value, int64_t low, int64_t high, const char * name) {
@@ -55,46 +54,51 @@ int64_t round_up(int64_t n) { return round_down(n + kKvStep - 1); }
 // to the front, more than an eighth of the window further: at most 9 rows are copied for each that was filled.
 int64_t slots_for(const gm_draft_params & p) { return round_up(p.window + p.block_size + kKvStep - 1 + p.window / 8); }
 
-uint64_t kv_bytes(const gm_draft_params & p) {
-    return uint64_t(2) * uint64_t(p.n_layer) * ggml_row_size(GGML_TYPE_F16, int64_t(p.n_head_kv) * p.head_dim) * uint64_t(slots_for(p));
-}
+// What attention reads at most: the window, the block, and what lies before the window in its first kKvStep slots.
+int64_t most_span(const gm_draft_params & p) { return round_up(p.window + p.block_size + kKvStep - 1); }
 
 bool on_host(const ggml_tensor * t) {
     return ggml_backend_buffer_is_host(gm::buffer_of(t));
-}
-
-ggml_tensor * input(ggml_tensor * t, const char * name) {
-    ggml_set_name(t, name);
-    ggml_set_input(t);
-    return t;
 }
 
 void set(ggml_tensor * t, const void * data) {
     ggml_backend_tensor_set(t, data, 0, ggml_nbytes(t));
 }
 
-} // namespace
-
-gm_draft_bytes gm_draft::size_of(const gm_draft_params & params) {
-    const gm_draft_params & p = checked(params);
-    return { gm::DraftWeights::bytes(p), kv_bytes(p), 0 };
+template <class Body> void for_tensors(const ggml_context_ptr & ctx, Body && body) {
+    for (ggml_tensor * t = ggml_get_first_tensor(ctx.get()); t; t = ggml_get_next_tensor(ctx.get(), t)) body(t);
 }
 
-gm_draft::gm_draft(const gm_draft_params & params)
-    : params_(checked(params)), device_(gm::device_at(params.device)), kv_slots_(slots_for(params)) {
-    const gm_draft_bytes need = size_of(params_);
-    const uint64_t       free = gm::device_memory_free(device_);
-    if (need.weights + need.kv > free) {
-        throw error(GM_ERR_MEMORY, "the draft needs %llu bytes of weights and %llu of keys and values (window %lld) on %s, which has %llu free",
-                    (unsigned long long) need.weights, (unsigned long long) need.kv, (long long) params_.window, ggml_backend_dev_name(device_),
-                    (unsigned long long) free).bytes(need.weights + need.kv, free);
-    }
-    backend_ = start_backend(device_, params_.n_threads);
-    weights_ = gm::DraftWeights::load(params_, device_);
+} // namespace
 
-    tok_embd_ = weights_.tok_embd ? weights_.tok_embd : params_.tok_embd;
-    output_   = weights_.output ? weights_.output : params_.output;
+// ------------------------------------------------------------------------------------------------ memory
+
+gm_draft::gm_draft(const gm_draft_params & params, Only) : params_(checked(params)), kv_slots_(slots_for(params)) {
+    main_.device = gm::device_at(params_.device);
+    weights_     = gm::DraftWeights::lay_out(params_);
+    tok_embd_    = weights_.tok_embd ? weights_.tok_embd : params_.tok_embd;
+    output_      = weights_.output ? weights_.output : params_.output;
+}
+
+gm_draft_bytes gm_draft::size_of(const gm_draft_params & params) {
+    gm_draft draft(params, Only::sizes);
+    // Matrices of a target that is not there are as good as any on the draft's device: only their results take scratch.
+    draft.stand_in_ctx_.reset(ggml_init({ 2 * ggml_tensor_overhead(), nullptr, true }));
+    const auto stand_in = [&] { return ggml_new_tensor_2d(draft.stand_in_ctx_.get(), GGML_TYPE_F16, params.n_embd, params.n_vocab); };
+    if (!draft.tok_embd_) draft.tok_embd_ = stand_in();
+    if (!draft.output_) draft.output_ = stand_in();
+    draft.lay_out();
+    return draft.total_size();
+}
+
+gm_draft::gm_draft(const gm_draft_params & params) : gm_draft(params, Only::sizes) {
     if (!tok_embd_ || !output_) throw error(GM_ERR_ARGUMENT, "the draft has no %s of its own and the target's was not found", tok_embd_ ? "output matrix" : "token embedding");
+    lay_out();
+    allocate();
+}
+
+// Tensors of keys and values, and what all will take; still without memory.
+void gm_draft::lay_out() {
     for (const ggml_tensor * t : { tok_embd_, output_ }) {
         if (t->ne[0] != params_.n_embd) {
             throw error(GM_ERR_WIDTH, "%s is %lld wide, the draft's hidden state %d", t->name, (long long) t->ne[0], params_.n_embd);
@@ -105,232 +109,101 @@ gm_draft::gm_draft(const gm_draft_params & params)
         throw error(GM_ERR_WIDTH, "%s has %lld rows and %s %lld; a vocabulary of %d was expected", tok_embd_->name, (long long) tok_embd_->ne[1],
                     output_->name, (long long) output_->ne[1], params_.n_vocab);
     }
-    if (device_of(tok_embd_) != device_ && !on_host(tok_embd_)) {
-        throw error(GM_ERR_UNSUPPORTED, "%s lies on %s, which is neither the draft's device nor host memory", tok_embd_->name,
-                    ggml_backend_dev_name(device_of(tok_embd_)));
+    if (tok_embd_ == params_.tok_embd && device_of(tok_embd_) != main_.device) {
+        if (!on_host(tok_embd_)) {
+            throw error(GM_ERR_UNSUPPORTED, "%s lies on %s, which is neither the draft's device nor host memory", tok_embd_->name,
+                        ggml_backend_dev_name(device_of(tok_embd_)));
+        }
+        embedding_here_ = false;
     }
-    if (device_of(output_) != device_) head_backend_ = start_backend(device_of(output_), params_.n_threads);
+    if (output_ == params_.output && device_of(output_) != main_.device) head_.device = device_of(output_);
 
     kv_ctx_.reset(ggml_init({ size_t(2 * params_.n_layer + 1) * ggml_tensor_overhead(), nullptr, true }));
     for (int32_t il = 0; il < params_.n_layer; ++il) {
         const int64_t width = int64_t(params_.n_head_kv) * params_.head_dim;
         kv_.push_back({ ggml_new_tensor_2d(kv_ctx_.get(), GGML_TYPE_F16, width, kv_slots_), ggml_new_tensor_2d(kv_ctx_.get(), GGML_TYPE_F16, width, kv_slots_) });
     }
-    kv_buffer_.reset(ggml_backend_alloc_ctx_tensors_from_buft(kv_ctx_.get(), ggml_backend_dev_buffer_type(device_)));
-    if (!kv_buffer_) {
-        throw error(GM_ERR_MEMORY, "device %s has no room for %llu bytes of keys and values; use a smaller draft window than %lld",
-                    ggml_backend_dev_name(device_), (unsigned long long) need.kv, (long long) params_.window).bytes(need.kv, gm::device_memory_free(device_));
-    }
+    const auto buft = ggml_backend_dev_buffer_type(main_.device);
+    size_.weights   = ggml_backend_alloc_ctx_tensors_from_buft_size(weights_.ctx.get(), buft);
+    size_.kv        = ggml_backend_alloc_ctx_tensors_from_buft_size(kv_ctx_.get(), buft);
+
+    // Scratch is measured around tensors that have their memory: for that it is enough that they seem to.
+    const auto seem = [&](void * data) {
+        for (const auto * ctx : { &weights_.ctx, &kv_ctx_, &stand_in_ctx_ }) {
+            if (*ctx) for_tensors(*ctx, [&](ggml_tensor * t) { t->data = data; });
+        }
+    };
+    const auto scratch = [](const Graph & g, ggml_backend_dev_t device) {
+        ggml_gallocr_ptr allocr(ggml_gallocr_new(ggml_backend_dev_buffer_type(device)));
+        size_t           size = 0;
+        ggml_gallocr_reserve_n_size(allocr.get(), g.graph, nullptr, nullptr, &size);
+        return uint64_t(size);
+    };
+    seem(this);
+    size_.compute = std::max(scratch(build_project(most_project_rows(), nullptr, nullptr), main_.device),
+                             scratch(build_block(params_.block_size, most_span(params_)), main_.device));
+    if (head_.device) head_size_ = scratch(build_head(params_.block_size), head_.device);
+    seem(nullptr);
+}
+
+void gm_draft::allocate() {
+    const uint64_t need = size_.weights + size_.kv + size_.compute, free = gm::device_memory_free(main_.device);
+    const auto     too_big = [&](const char * why) {
+        return error(GM_ERR_MEMORY, "the draft needs %llu bytes (weights %llu, keys and values %llu for window %lld, scratch %llu) on %s, which has %llu free%s",
+                     (unsigned long long) need, (unsigned long long) size_.weights, (unsigned long long) size_.kv, (long long) params_.window,
+                     (unsigned long long) size_.compute, ggml_backend_dev_name(main_.device), (unsigned long long) free, why).bytes(need, free);
+    };
+    if (need > free) throw too_big("");
+    if (!weights_.load(main_.device)) throw too_big(", but its allocator refused the weights");
+    kv_buffer_.reset(ggml_backend_alloc_ctx_tensors_from_buft(kv_ctx_.get(), ggml_backend_dev_buffer_type(main_.device)));
+    if (!kv_buffer_) throw too_big(", but its allocator refused the keys and values");
     // A masked slot still enters sums with weight 0: it must hold no NaN.
     ggml_backend_buffer_clear(kv_buffer_.get(), 0);
     versions_.resize(size_t(kv_slots_));
+
+    for (Place * p : { &main_, &head_ }) {
+        if (!p->device) continue;
+        p->backend = start_backend(p->device, params_.n_threads);
+        p->allocr.reset(ggml_gallocr_new(ggml_backend_dev_buffer_type(p->device)));
+    }
+    // The largest graphs now: what the device lacks shows here, memory or operations, and not in the middle of a text.
+    project_graph(most_project_rows());
+    block_graph(params_.block_size, most_span(params_));
+    if (head_.device) head_graph(params_.block_size);
 }
+
+gm_draft_bytes gm_draft::total_size() const { return { size_.weights, size_.kv, size_.compute + head_size_ }; }
 
 gm_draft_bytes gm_draft::bytes() const {
-    gm_draft_bytes b{ 0, ggml_backend_buffer_get_size(kv_buffer_.get()), 0 };
-    if (weights_.buffer) b.weights = ggml_backend_buffer_get_size(weights_.buffer.get());
-    const auto add = [&](const auto & graphs) {
-        for (const auto & [shape, g] : graphs) b.compute += ggml_gallocr_get_buffer_size(g.allocr.get(), 0);
-    };
-    add(project_graphs_);
-    add(block_graphs_);
-    add(head_graphs_);
-    return b;
+    const auto scratch = [](const Place & p) { return p.allocr ? ggml_gallocr_get_buffer_size(p.allocr.get(), 0) : 0; };
+    return { ggml_backend_buffer_get_size(weights_.buffer.get()), ggml_backend_buffer_get_size(kv_buffer_.get()), scratch(main_) + scratch(head_) };
 }
 
-// ------------------------------------------------------------------------------------------------ graphs
+int64_t gm_draft::most_project_rows() const { return std::min(kProjectRows, params_.window); }
 
-ggml_tensor * gm_draft::norm(ggml_context * ctx, ggml_tensor * x, ggml_tensor * weight) const {
-    return ggml_mul(ctx, ggml_rms_norm(ctx, x, params_.rms_eps), weight);
-}
-
-ggml_tensor * gm_draft::rope(ggml_context * ctx, ggml_tensor * x, ggml_tensor * positions) const {
-    return ggml_rope_ext(ctx, x, positions, weights_.rope_freqs, params_.n_rot, GGML_ROPE_TYPE_NEOX, 0, params_.rope_base, params_.rope_scale, 0.0f,
-                         1.0f, 32.0f, 1.0f);
-}
-
-// x: [n_embd, n] -> [n_head_kv * head_dim, n]
-ggml_tensor * gm_draft::key(ggml_context * ctx, const gm::DraftLayer & l, ggml_tensor * x, ggml_tensor * positions) const {
-    ggml_tensor * k = ggml_reshape_3d(ctx, ggml_mul_mat(ctx, l.attn_k, x), params_.head_dim, params_.n_head_kv, x->ne[1]);
-    k               = rope(ctx, norm(ctx, k, l.attn_k_norm), positions);
-    return ggml_reshape_2d(ctx, k, int64_t(params_.head_dim) * params_.n_head_kv, x->ne[1]);
-}
-
-ggml_tensor * gm_draft::value(ggml_context * ctx, const gm::DraftLayer & l, ggml_tensor * x) const {
-    if (l.attn_v) return ggml_mul_mat(ctx, l.attn_v, x);
-    ggml_tensor * v = ggml_reshape_3d(ctx, ggml_mul_mat(ctx, l.attn_k, x), params_.head_dim, params_.n_head_kv, x->ne[1]);
-    return ggml_reshape_2d(ctx, ggml_rms_norm(ctx, v, params_.rms_eps), int64_t(params_.head_dim) * params_.n_head_kv, x->ne[1]);
-}
-
-void gm_draft::start(Graph & g, ggml_backend_t backend) {
-    g.allocr.reset(ggml_gallocr_new(ggml_backend_get_default_buffer_type(backend)));
-    if (!ggml_gallocr_alloc_graph(g.allocr.get(), g.graph)) {
-        throw error(GM_ERR_MEMORY, "device %s has no room for the draft's graph", ggml_backend_name(backend)).bytes(0, gm::device_memory_free(ggml_backend_get_device(backend)));
+// Gives a graph's tensors the place's memory, unless they have it.
+void gm_draft::place(Graph & g, Place & p) {
+    if (p.holds == g.id) return;
+    for (ggml_tensor * t : g.own) {
+        t->data   = nullptr;
+        t->buffer = nullptr;
+        t->extra  = nullptr;
     }
-    for (int i = 0; i < ggml_graph_n_nodes(g.graph); ++i) {
-        ggml_tensor * node = ggml_graph_node(g.graph, i);
-        if (!ggml_backend_supports_op(backend, node)) {
-            throw error(GM_ERR_UNSUPPORTED, "device %s lacks %s on %s, which the draft needs", ggml_backend_name(backend), ggml_op_name(node->op),
-                        ggml_type_name(node->src[0] ? node->src[0]->type : node->type));
-        }
+    for (ggml_tensor * t : g.views) t->buffer = nullptr;
+    p.holds = 0;
+    if (!ggml_gallocr_alloc_graph(p.allocr.get(), g.graph)) {
+        const uint64_t need = &p == &head_ ? head_size_ : size_.compute, free = gm::device_memory_free(p.device);
+        throw error(GM_ERR_MEMORY, "device %s refused %llu bytes of scratch for the draft; it has %llu free", ggml_backend_dev_name(p.device),
+                    (unsigned long long) need, (unsigned long long) free).bytes(need, free);
     }
+    p.holds = g.id;
 }
 
-void gm_draft::compute(const Graph & g, ggml_backend_t backend) {
-    const ggml_status status = ggml_backend_graph_compute(backend, g.graph);
-    if (status != GGML_STATUS_SUCCESS) throw error(GM_ERR_BACKEND, "device %s failed to run the draft: %s", ggml_backend_name(backend), ggml_status_to_string(status));
-}
-
-static size_t nodes_of(int32_t n_layer) { return 64 + size_t(n_layer) * 64; }
-
-static ggml_context_ptr graph_context(size_t nodes, ggml_cgraph ** graph) {
-    ggml_context_ptr ctx(ggml_init({ 2 * nodes * ggml_tensor_overhead() + ggml_graph_overhead_custom(nodes, false), nullptr, true }));
-    if (!ctx) throw error(GM_ERR_MEMORY, "out of host memory for a graph");
-    *graph = ggml_new_graph_custom(ctx.get(), nodes, false);
-    return ctx;
-}
-
-// Rows -> keys and values of every layer. in_place: where the rows lie in an F32 ring; else they are read into g.rows.
-gm_draft::Graph gm_draft::build_project(int64_t n, void * in_place, ggml_backend_buffer_t buffer) {
-    Graph g;
-    g.ctx              = graph_context(nodes_of(params_.n_layer), &g.graph);
-    ggml_context * ctx = g.ctx.get();
-    g.rows             = input(ggml_new_tensor_2d(ctx, GGML_TYPE_F32, int64_t(params_.n_taps) * params_.n_embd_target, n), "target_hidden_cat");
-    if (in_place) {
-        g.rows->data   = in_place;
-        g.rows->buffer = buffer;
+void gm_draft::compute(const Graph & g, const Place & p) {
+    const ggml_status status = ggml_backend_graph_compute(p.backend.get(), g.graph);
+    if (status != GGML_STATUS_SUCCESS) {
+        throw error(GM_ERR_BACKEND, "device %s failed to run the draft: %s", ggml_backend_dev_name(p.device), ggml_status_to_string(status));
     }
-    g.positions        = input(ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n), "positions");
-    g.slots            = input(ggml_new_tensor_1d(ctx, GGML_TYPE_I64, n), "slots");
-    ggml_tensor * fused = norm(ctx, ggml_mul_mat(ctx, weights_.fc, g.rows), weights_.hidden_norm);
-    for (size_t il = 0; il < weights_.layers.size(); ++il) {
-        const gm::DraftLayer & l = weights_.layers[il];
-        ggml_build_forward_expand(g.graph, ggml_set_rows(ctx, kv_[il].k, key(ctx, l, fused, g.positions), g.slots));
-        ggml_build_forward_expand(g.graph, ggml_set_rows(ctx, kv_[il].v, value(ctx, l, fused), g.slots));
-    }
-    start(g, backend_.get());
-    return g;
-}
-
-// Noise block -> hidden states (and tokens, where the output matrix lies on this device), over n_kv slots: see place_span.
-gm_draft::Graph gm_draft::build_block(int64_t n, int64_t n_kv) {
-    Graph g;
-    g.ctx              = graph_context(nodes_of(params_.n_layer), &g.graph);
-    ggml_context * ctx = g.ctx.get();
-    const int64_t  hd = params_.head_dim, n_head = params_.n_head, n_head_kv = params_.n_head_kv;
-    g.positions = input(ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n), "positions");
-    g.slots     = input(ggml_new_tensor_1d(ctx, GGML_TYPE_I64, n), "slots");
-    // Only the masks that a layer uses: the graph gives no other tensor memory.
-    const uint64_t all = ~uint64_t(0) >> (64 - params_.n_layer), swa_layers = params_.n_swa > 0 ? params_.swa_layers & all : 0;
-    if (swa_layers != all) g.mask = input(ggml_new_tensor_2d(ctx, GGML_TYPE_F16, n_kv, n), "mask");
-    if (swa_layers) g.mask_swa = input(ggml_new_tensor_2d(ctx, GGML_TYPE_F16, n_kv, n), "mask_swa");
-    ggml_tensor * x = nullptr;
-    if (device_of(tok_embd_) == device_) {
-        g.tokens = input(ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n), "tokens");
-        x        = ggml_get_rows(ctx, tok_embd_, g.tokens);
-    } else {
-        x = g.embeddings = input(ggml_new_tensor_2d(ctx, GGML_TYPE_F32, params_.n_embd, n), "embeddings");
-    }
-    if (params_.embedding_scale != 0.0f) x = ggml_scale(ctx, x, params_.embedding_scale);
-    const float kq_scale = params_.attention_scale != 0.0f ? params_.attention_scale : 1.0f / std::sqrt(float(hd));
-
-    for (size_t il = 0; il < weights_.layers.size(); ++il) {
-        const gm::DraftLayer & l    = weights_.layers[il];
-        const bool             swa  = swa_layers >> il & 1;
-        ggml_tensor *          cur  = norm(ctx, x, l.attn_norm);
-        ggml_tensor *          q    = ggml_reshape_3d(ctx, ggml_mul_mat(ctx, l.attn_q, cur), hd, n_head, n);
-        q                           = rope(ctx, norm(ctx, q, l.attn_q_norm), g.positions);
-        // The block's keys go into the slots behind the context's, so attention reads one span.
-        ggml_tensor * k = ggml_set_rows(ctx, kv_[il].k, key(ctx, l, cur, g.positions), g.slots);
-        ggml_tensor * v = ggml_set_rows(ctx, kv_[il].v, value(ctx, l, cur), g.slots);
-        k = ggml_view_3d(ctx, k, hd, n_kv, n_head_kv, k->nb[1], ggml_row_size(k->type, hd), 0);
-        v = ggml_view_3d(ctx, v, hd, n_kv, n_head_kv, v->nb[1], ggml_row_size(v->type, hd), 0);
-        g.spans.insert(g.spans.end(), { k, v });
-        cur = ggml_flash_attn_ext(ctx, ggml_permute(ctx, q, 0, 2, 1, 3), k, v, swa ? g.mask_swa : g.mask, kq_scale, 0.0f, 0.0f);
-        if (l.attn_sinks) ggml_flash_attn_ext_add_sinks(cur, l.attn_sinks);
-        ggml_prec_set_acc(cur, GGML_PREC_F32);
-        cur = ggml_mul_mat(ctx, l.attn_output, ggml_reshape_2d(ctx, cur, hd * n_head, n));
-        if (params_.attention_value_scale != 0.0f) cur = ggml_scale(ctx, cur, params_.attention_value_scale);
-        if (l.attn_post_norm) cur = norm(ctx, cur, l.attn_post_norm);
-        ggml_tensor * residual = ggml_add(ctx, cur, x);
-        cur                    = norm(ctx, residual, l.ffn_norm);
-        ggml_tensor * gate     = ggml_mul_mat(ctx, l.ffn_gate, cur);
-        ggml_tensor * up       = ggml_mul_mat(ctx, l.ffn_up, cur);
-        cur = ggml_mul_mat(ctx, l.ffn_down, params_.gelu ? ggml_geglu_split(ctx, gate, up) : ggml_swiglu_split(ctx, gate, up));
-        if (l.ffn_post_norm) cur = norm(ctx, cur, l.ffn_post_norm);
-        x = ggml_add(ctx, cur, residual);
-        if (l.out_scale) x = ggml_mul(ctx, x, l.out_scale);
-    }
-    g.hidden = norm(ctx, x, weights_.output_norm);
-    ggml_set_output(g.hidden);
-    if (!head_backend_) {
-        g.logits = ggml_mul_mat(ctx, output_, g.hidden);
-        g.argmax = ggml_argmax(ctx, g.logits);
-        ggml_set_output(g.logits);
-        ggml_set_output(g.argmax);
-        ggml_build_forward_expand(g.graph, g.argmax);
-    }
-    ggml_build_forward_expand(g.graph, g.hidden);
-    start(g, backend_.get());
-    return g;
-}
-
-// Rows [shift, shift + count) of keys and values -> rows from 0, in pieces that do not overlap with where they go.
-gm_draft::Graph gm_draft::build_move(int64_t shift, int64_t count) {
-    const int64_t pieces = (count + shift - 1) / shift;
-    Graph         g;
-    g.ctx = graph_context(6 * size_t(pieces) * kv_.size(), &g.graph);
-    for (int64_t to = 0; to < count; to += shift) {
-        const int64_t n = std::min(shift, count - to);
-        for (const Keys & keys : kv_) {
-            for (ggml_tensor * t : { keys.k, keys.v }) {
-                const auto rows = [&](int64_t first) { return ggml_view_2d(g.ctx.get(), t, t->ne[0], n, t->nb[1], size_t(first) * t->nb[1]); };
-                ggml_build_forward_expand(g.graph, ggml_cpy(g.ctx.get(), rows(to + shift), rows(to)));
-            }
-        }
-    }
-    start(g, backend_.get());
-    return g;
-}
-
-// The last product where the target's output matrix lies on another device: only hidden states of one block cross.
-gm_draft::Graph gm_draft::build_head(int64_t n) {
-    Graph g;
-    g.ctx    = graph_context(nodes_of(0), &g.graph);
-    g.hidden = input(ggml_new_tensor_2d(g.ctx.get(), GGML_TYPE_F32, params_.n_embd, n), "hidden");
-    g.logits = ggml_mul_mat(g.ctx.get(), output_, g.hidden);
-    g.argmax = ggml_argmax(g.ctx.get(), g.logits);
-    ggml_set_output(g.logits);
-    ggml_set_output(g.argmax);
-    ggml_build_forward_expand(g.graph, g.argmax);
-    start(g, head_backend_.get());
-    return g;
-}
-
-gm_draft::Graph & gm_draft::project_graph(int64_t n) {
-    auto it = project_graphs_.find(n);
-    if (it == project_graphs_.end()) {
-        // Small counts recur each step and full chunks each prefill; any other count is met once.
-        if (project_graphs_.size() > size_t(params_.block_size) + 1) project_graphs_.erase(std::prev(project_graphs_.end()));
-        it = project_graphs_.emplace(n, build_project(n, nullptr, nullptr)).first;
-    }
-    return it->second;
-}
-
-gm_draft::Graph & gm_draft::block_graph(int64_t n, int64_t n_kv) {
-    const auto shape = std::make_pair(n, n_kv);
-    auto       it    = block_graphs_.find(shape);
-    if (it == block_graphs_.end()) {
-        if (block_graphs_.size() >= kBlockGraphs) block_graphs_.clear();
-        it = block_graphs_.emplace(shape, build_block(n, n_kv)).first;
-    }
-    return it->second;
-}
-
-gm_draft::Graph & gm_draft::head_graph(int64_t n) {
-    auto it = head_graphs_.find(n);
-    if (it == head_graphs_.end()) it = head_graphs_.emplace(n, build_head(n)).first;
-    return it->second;
 }
 
 // -------------------------------------------------------------------------------------------------- step
@@ -348,7 +221,9 @@ void gm_draft::make_room(int64_t start, int64_t n_past, int64_t end) {
     first_ += shift;
     std::fill(versions_.begin(), versions_.end(), 0);
     if (kept.empty()) return;
-    compute(build_move(shift, int64_t(kept.size())), backend_.get());
+    Graph move = build_move(shift, int64_t(kept.size()));
+    place(move, main_);
+    compute(move, main_);
     std::copy(kept.begin(), kept.end(), versions_.begin());
     times.rows_moved += int64_t(kept.size());
 }
@@ -364,11 +239,12 @@ void gm_draft::place_span(const Graph & g, int64_t slot) {
 void gm_draft::project(gm_mirror & mirror, int64_t start, int64_t count, const uint64_t * versions) {
     Graph   direct;
     Graph * g     = nullptr;
-    void *  place = mirror.device() == device_ ? mirror.in_place(start, count) : nullptr;
-    if (place && count > params_.block_size) {
+    void *  lies  = mirror.device() == main_.device ? mirror.in_place(start, count) : nullptr;
+    if (lies && count > params_.block_size) {
         // A long stretch of an F32 ring is used where it lies.
-        direct = build_project(count, place, mirror.buffer());
-        g      = &direct;
+        direct = build_project(count, lies, mirror.buffer());
+        place(direct, main_);
+        g = &direct;
     } else {
         Stopwatch watch(times.read_ns);
         g = &project_graph(count);
@@ -385,7 +261,7 @@ void gm_draft::project(gm_mirror & mirror, int64_t start, int64_t count, const u
     std::fill_n(held, count, 0);
     set(g->positions, positions.data());
     set(g->slots, slots.data());
-    compute(*g, backend_.get());
+    compute(*g, main_);
     std::copy_n(versions, count, held);
     times.rows_projected += count;
 }
@@ -467,13 +343,13 @@ int64_t gm_draft::step(gm_mirror & mirror, int64_t n_past, int32_t last_token, i
     set(g.slots, slots.data());
     place_span(g, span - first_);
     fill_masks(g, n, n_kv, span, start, n_past);
-    compute(g, backend_.get());
+    compute(g, main_);
 
     Graph * head = &g;
-    if (head_backend_) {
+    if (head_.device) {
         head = &head_graph(n);
         ggml_backend_tensor_copy(g.hidden, head->hidden);
-        compute(*head, head_backend_.get());
+        compute(*head, head_);
     }
     std::vector<int32_t> best(static_cast<size_t>(n));
     ggml_backend_tensor_get(head->argmax, best.data(), 0, best.size() * sizeof(int32_t));

@@ -7,7 +7,7 @@
 #include "ggml-alloc.h"
 
 #include <map>
-#include <memory>
+#include <utility>
 #include <vector>
 
 struct gm_draft {
@@ -23,11 +23,12 @@ struct gm_draft {
     gm_draft_times times{};
 
   private:
-    // A graph whose tensors stay where they are, for as long as its shape is asked for.
     struct Graph {
         ggml_context_ptr ctx;
-        ggml_gallocr_ptr allocr;
         ggml_cgraph *    graph = nullptr;
+        uint64_t         id = 0;
+        std::vector<ggml_tensor *> own, views; // that a Place gives memory, and that lie in other tensors
+        std::vector<ggml_tensor *> spans;      // the keys and values that attention reads, F16 [head_dim, n_kv, n_head_kv]
         // inputs; null where a graph has no such input
         ggml_tensor *    rows = nullptr;       // F32 [n_taps * n_embd_target, n]
         ggml_tensor *    tokens = nullptr;     // I32 [n], or
@@ -36,44 +37,65 @@ struct gm_draft {
         ggml_tensor *    slots = nullptr;      // I64 [n]
         ggml_tensor *    mask = nullptr;       // F16 [n_kv, n]
         ggml_tensor *    mask_swa = nullptr;
-        std::vector<ggml_tensor *> spans;      // the keys and values that attention reads, F16 [head_dim, n_kv, n_head_kv]
         // outputs
         ggml_tensor *    hidden = nullptr;     // F32 [n_embd, n]
         ggml_tensor *    logits = nullptr;     // F32 [n_vocab, n]
         ggml_tensor *    argmax = nullptr;     // I32 [n]
     };
 
+    // A device and the memory of the graphs that it runs. They run one after another and share it: what one has left there is gone
+    // when the next is placed.
+    struct Place {
+        ggml_backend_dev_t device = nullptr;
+        ggml_backend_ptr   backend;
+        ggml_gallocr_ptr   allocr;
+        uint64_t           holds = 0;  // id of the graph whose tensors have the memory
+    };
+
     struct Keys { ggml_tensor * k, * v; };  // F16 [n_head_kv * head_dim, kv_slots]
 
-    Graph   build_project(int64_t n, void * in_place, ggml_backend_buffer_t buffer);
-    Graph   build_block(int64_t n, int64_t n_kv);
-    Graph   build_move(int64_t shift, int64_t count);
-    Graph   build_head(int64_t n);
-    Graph & project_graph(int64_t n);
-    Graph & block_graph(int64_t n, int64_t n_kv);
-    Graph & head_graph(int64_t n);
+    enum class Only { sizes };  // tensors without memory
+    gm_draft(const gm_draft_params & params, Only);
+    void           lay_out();
+    void           allocate();
+    gm_draft_bytes total_size() const;
 
-    void make_room(int64_t start, int64_t n_past, int64_t end);
-    void project_changed(gm_mirror & mirror, int64_t start, int64_t count);
-    void project(gm_mirror & mirror, int64_t start, int64_t count, const uint64_t * versions);
-    void place_span(const Graph & g, int64_t slot);
-    void fill_masks(const Graph & g, int64_t n, int64_t n_kv, int64_t span, int64_t context_start, int64_t n_past);
-    void set_embeddings(ggml_tensor * embeddings, const std::vector<int32_t> & tokens);
-    void start(Graph & g, ggml_backend_t backend);
-    void compute(const Graph & g, ggml_backend_t backend);
+    // draft_graphs.cpp
+    Graph build_project(int64_t n, void * in_place, ggml_backend_buffer_t buffer);
+    Graph build_block(int64_t n, int64_t n_kv);
+    Graph build_move(int64_t shift, int64_t count);
+    Graph build_head(int64_t n);
+    Graph empty_graph(size_t nodes);
+    void  finish(Graph & g, const Place & p) const;
 
     ggml_tensor * norm(ggml_context * ctx, ggml_tensor * x, ggml_tensor * weight) const;
     ggml_tensor * rope(ggml_context * ctx, ggml_tensor * x, ggml_tensor * positions) const;
     ggml_tensor * key(ggml_context * ctx, const gm::DraftLayer & l, ggml_tensor * x, ggml_tensor * positions) const;
     ggml_tensor * value(ggml_context * ctx, const gm::DraftLayer & l, ggml_tensor * x) const;
 
+    Graph & project_graph(int64_t n);
+    Graph & block_graph(int64_t n, int64_t n_kv);
+    Graph & head_graph(int64_t n);
+
+    // draft.cpp
+    int64_t most_project_rows() const;
+    void    place(Graph & g, Place & p);
+    void    compute(const Graph & g, const Place & p);
+    void    make_room(int64_t start, int64_t n_past, int64_t end);
+    void    place_span(const Graph & g, int64_t slot);
+    void    project_changed(gm_mirror & mirror, int64_t start, int64_t count);
+    void    project(gm_mirror & mirror, int64_t start, int64_t count, const uint64_t * versions);
+    void    fill_masks(const Graph & g, int64_t n, int64_t n_kv, int64_t span, int64_t context_start, int64_t n_past);
+    void    set_embeddings(ggml_tensor * embeddings, const std::vector<int32_t> & tokens);
+
     const gm_draft_params params_;
-    ggml_backend_dev_t    device_;
-    ggml_backend_ptr      backend_;
+    Place                 main_;
+    Place                 head_;          // where the output matrix lies, if not on the draft's device
     gm::DraftWeights      weights_;
-    ggml_tensor *         tok_embd_;
-    ggml_tensor *         output_;
-    ggml_backend_ptr      head_backend_;  // where the output matrix lies, if not on the draft's device
+    ggml_context_ptr      stand_in_ctx_;  // for a target's matrices where only sizes are asked for
+    ggml_tensor *         tok_embd_ = nullptr;
+    ggml_tensor *         output_ = nullptr;
+    bool                  embedding_here_ = true;  // on the draft's device; else in host memory
 
     ggml_context_ptr        kv_ctx_;
     ggml_backend_buffer_ptr kv_buffer_;
@@ -83,6 +105,9 @@ struct gm_draft {
     std::vector<uint64_t>   versions_;    // of the row that each slot's keys are of; 0: of none
     uint64_t                source_ = 0;  // id of the mirror that the keys are of
 
+    gm_draft_bytes          size_{};          // on the draft's device
+    uint64_t                head_size_ = 0;   // scratch where the output matrix lies
+    uint64_t                graphs_made_ = 0;
     std::map<int64_t, Graph>                     project_graphs_, head_graphs_;
     std::map<std::pair<int64_t, int64_t>, Graph> block_graphs_;
     std::vector<uint16_t>   mask_data_;

@@ -18,6 +18,8 @@ struct FileCloser {
     void operator()(FILE * file) const { fclose(file); }
 };
 
+} // namespace
+
 // A draft file's header, and its tensors by name.
 class DraftFile {
   public:
@@ -38,26 +40,36 @@ class DraftFile {
         return nullptr;
     }
 
+    void require_whole(const ggml_tensor * t) const {
+        if (offset(t) + ggml_nbytes(t) > size_) throw truncated(t);
+    }
+
     void read(const ggml_tensor * t, void * data) const {
-        const int64_t  id     = gguf_find_tensor(gguf_.get(), t->name);
-        const uint64_t offset = gguf_get_data_offset(gguf_.get()) + gguf_get_tensor_offset(gguf_.get(), id);
-        if (offset + ggml_nbytes(t) > size_ || fseeko(file_.get(), off_t(offset), SEEK_SET) != 0 ||
-            fread(data, 1, ggml_nbytes(t), file_.get()) != ggml_nbytes(t)) {
-            throw error(GM_ERR_ARGUMENT, "%.300s is truncated: tensor %.80s ends at byte %llu of %llu", path.c_str(), t->name,
-                        (unsigned long long) (offset + ggml_nbytes(t)), (unsigned long long) size_);
-        }
+        const bool whole = fseeko(file_.get(), off_t(offset(t)), SEEK_SET) == 0 && fread(data, 1, ggml_nbytes(t), file_.get()) == ggml_nbytes(t);
+        if (!whole) throw truncated(t);
     }
 
     const gm_draft_params & p;
     const std::string       path;
 
   private:
+    uint64_t offset(const ggml_tensor * t) const {
+        return gguf_get_data_offset(gguf_.get()) + gguf_get_tensor_offset(gguf_.get(), gguf_find_tensor(gguf_.get(), t->name));
+    }
+
+    Error truncated(const ggml_tensor * t) const {
+        return error(GM_ERR_ARGUMENT, "%.300s is truncated: tensor %.80s ends at byte %llu of %llu", path.c_str(), t->name,
+                     (unsigned long long) (offset(t) + ggml_nbytes(t)), (unsigned long long) size_);
+    }
+
     ggml_context *                              meta_ = nullptr;
     std::unique_ptr<gguf_context, GgufDeleter>  gguf_;
     ggml_context_ptr                            meta_owner_;
     std::unique_ptr<FILE, FileCloser>           file_;
     uint64_t                                    size_ = 0;
 };
+
+namespace {
 
 // Collects the tensors that a draft has, as empty tensors of a new context beside their place in the file.
 class Layout {
@@ -77,6 +89,7 @@ class Layout {
             throw error(GM_ERR_ARGUMENT, "%.200s: tensor %.60s is %s; %s was expected", file_.path.c_str(), found->name, ggml_type_name(found->type),
                         vector ? "f32" : "a matrix of floats");
         }
+        file_.require_whole(found);
         ggml_tensor * t = ggml_dup_tensor(ctx.get(), found);
         ggml_set_name(t, found->name);
         return t;
@@ -95,7 +108,7 @@ class Layout {
     ggml_context_ptr ctx;
 };
 
-DraftWeights lay_out(const DraftFile & file, Layout & layout) {
+DraftWeights lay_out_tensors(const DraftFile & file, Layout & layout) {
     const gm_draft_params & p   = file.p;
     const int64_t           n   = p.n_embd, q = int64_t(p.n_head) * p.head_dim, kv = int64_t(p.n_head_kv) * p.head_dim;
     DraftWeights            w;
@@ -145,39 +158,29 @@ DraftWeights lay_out(const DraftFile & file, Layout & layout) {
     return w;
 }
 
-template <class Body> void for_tensors(ggml_context * ctx, Body && body) {
-    for (ggml_tensor * t = ggml_get_first_tensor(ctx); t; t = ggml_get_next_tensor(ctx, t)) body(t);
-}
-
 } // namespace
 
-uint64_t DraftWeights::bytes(const gm_draft_params & params) {
-    DraftFile file(params);
-    Layout    layout(file);
-    lay_out(file, layout);
-    uint64_t total = 0;
-    for_tensors(layout.ctx.get(), [&](ggml_tensor * t) { total += ggml_nbytes(t); });
-    return total;
+DraftWeights DraftWeights::lay_out(const gm_draft_params & params) {
+    const auto   file = std::make_shared<const DraftFile>(params);
+    Layout       layout(*file);
+    DraftWeights w = lay_out_tensors(*file, layout);
+    w.ctx          = std::move(layout.ctx);
+    w.file         = file;
+    return w;
 }
 
-DraftWeights DraftWeights::load(const gm_draft_params & params, ggml_backend_dev_t device) {
-    DraftFile    file(params);
-    Layout       layout(file);
-    DraftWeights w = lay_out(file, layout);
-    w.ctx          = std::move(layout.ctx);
-    w.buffer.reset(ggml_backend_alloc_ctx_tensors_from_buft(w.ctx.get(), ggml_backend_dev_buffer_type(device)));
-    if (!w.buffer) {
-        throw error(GM_ERR_MEMORY, "device %s has no room for the draft's weights", ggml_backend_dev_name(device))
-            .bytes(bytes(params), device_memory_free(device));
-    }
-    ggml_backend_buffer_set_usage(w.buffer.get(), GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
+bool DraftWeights::load(ggml_backend_dev_t device) {
+    buffer.reset(ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), ggml_backend_dev_buffer_type(device)));
+    if (!buffer) return false;
+    ggml_backend_buffer_set_usage(buffer.get(), GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
     std::vector<uint8_t> data;
-    for_tensors(w.ctx.get(), [&](ggml_tensor * t) {
+    for (ggml_tensor * t = ggml_get_first_tensor(ctx.get()); t; t = ggml_get_next_tensor(ctx.get(), t)) {
         data.resize(ggml_nbytes(t));
-        file.read(t, data.data());
+        file->read(t, data.data());
         ggml_backend_tensor_set(t, data.data(), 0, data.size());
-    });
-    return w;
+    }
+    file.reset();
+    return true;
 }
 
 } // namespace gm

@@ -4,10 +4,13 @@
 #include "device.h"
 #include "ggml-cpp.h"
 
+#include <memory>
 #include <string>
 #include <vector>
 
 namespace gm {
+
+class DraftFile;
 
 struct DraftLayer {
     ggml_tensor * attn_norm, * attn_q, * attn_k, * attn_v, * attn_output, * attn_q_norm, * attn_k_norm;  // attn_v null: values are the keys
@@ -27,9 +30,13 @@ struct DraftWeights {
     std::vector<int64_t>    target_token; // draft token -> target token; empty: the same vocabulary
     std::vector<DraftLayer> layers;
 
-    // Throws GM_ERR_ARGUMENT naming the file and the tensor for anything missing, misshapen or truncated.
-    static uint64_t     bytes(const gm_draft_params & params);
-    static DraftWeights load(const gm_draft_params & params, ggml_backend_dev_t device);
+    std::shared_ptr<const DraftFile> file; // until the weights are read
+
+    // The file's tensors, without memory. Throws GM_ERR_ARGUMENT naming the file and the tensor for anything missing or misshapen.
+    static DraftWeights lay_out(const gm_draft_params & params);
+
+    // Memory, and what the file holds. False: the device gives none. Throws GM_ERR_ARGUMENT for a file that is truncated.
+    bool load(ggml_backend_dev_t device);
 };
 
 } // namespace gm
