@@ -115,6 +115,9 @@ void gm_draft::lay_out() {
                         ggml_backend_dev_name(device_of(tok_embd_)));
         }
         embedding_here_ = false;
+        if (tok_embd_->type != GGML_TYPE_F32 && !ggml_get_type_traits(tok_embd_->type)->to_float) {
+            throw error(GM_ERR_UNSUPPORTED, "%s is %s, which ggml does not convert to F32", tok_embd_->name, ggml_type_name(tok_embd_->type));
+        }
     }
     if (output_ == params_.output && device_of(output_) != main_.device) head_.device = device_of(output_);
 
@@ -297,10 +300,17 @@ void gm_draft::fill_masks(const Graph & g, int64_t n, int64_t n_kv, int64_t span
 }
 
 void gm_draft::set_embeddings(ggml_tensor * embeddings, const std::vector<int32_t> & tokens) {
-    const gm::Dtype &  dtype = gm::dtype(tok_embd_->type);
+    // ggml's own conversion, for there are types of weights that no mirror can store.
+    const auto         to_float = ggml_get_type_traits(tok_embd_->type)->to_float;
     std::vector<float> rows(tokens.size() * size_t(params_.n_embd));
     for (size_t i = 0; i < tokens.size(); ++i) {
-        dtype.to_float(static_cast<const char *>(tok_embd_->data) + size_t(tokens[i]) * tok_embd_->nb[1], rows.data() + i * size_t(params_.n_embd), params_.n_embd);
+        const char * row = static_cast<const char *>(tok_embd_->data) + size_t(tokens[i]) * tok_embd_->nb[1];
+        float *      out = rows.data() + i * size_t(params_.n_embd);
+        if (to_float) {
+            to_float(row, out, params_.n_embd);
+        } else {
+            memcpy(out, row, size_t(params_.n_embd) * sizeof(float));
+        }
     }
     set(embeddings, rows.data());
 }
