@@ -40,8 +40,8 @@ ggml_backend_dev_t device_of(const ggml_tensor * t) {
     const auto buffer = buffer_of(t);
     if (!buffer) throw error(GM_ERR_ARGUMENT, "tensor %s has no memory", t->name);
     const auto device = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(buffer));
-    // Mapped files are host memory of no device in particular.
-    return device ? device : ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+    // Host memory is the CPU's: mapped files are of no device, and memory that a GPU's backend has pinned is its own by name only.
+    return device && !ggml_backend_buffer_is_host(buffer) ? device : ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
 }
 
 // One number of a small text file; -1 if there is none ("max").
