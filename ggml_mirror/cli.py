@@ -341,7 +341,7 @@ def _check_default_dtype() -> None:
     # These commands compare all dtypes, so the default chooses nothing here; a typo in it is still worth an error now.
     from .dtype import FeatureDtype
 
-    FeatureDtype.default()
+    FeatureDtype.resolve_choice(None)
 
 
 def _debugging() -> bool:

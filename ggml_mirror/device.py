@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 from ._native import check, ffi, lib, text
@@ -18,6 +19,15 @@ class Support:
 
     capture: bool
     read: bool
+
+
+@dataclass(frozen=True)
+class HostMemory:
+    """Bytes of host memory that this process may still take, and all in all; ``limit`` says what sets ``free``."""
+
+    free: int
+    total: int
+    limit: str
 
 
 @dataclass(frozen=True)
@@ -47,6 +57,17 @@ class Device:
 def devices() -> list[Device]:
     """All devices, with their memory as it is now."""
     return [_device(i) for i in range(lib.gm_device_count())]
+
+
+def host_memory(root: str | None = None) -> HostMemory:
+    """The least of what the machine has available, what limits of control groups leave, and what ``ulimit -v`` leaves.
+
+    Args:
+        root: prefix of /proc and /sys; None for the real ones.
+    """
+    memory = ffi.new("gm_host_memory *")
+    check(lib.gm_host_memory_get(ffi.NULL if root is None else os.fsencode(root), memory))
+    return HostMemory(memory.free, memory.total, text(memory.limit))
 
 
 def find_device(name: str) -> Device:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import time
 from collections.abc import Generator, Sequence
@@ -14,7 +15,7 @@ from .capture import SEQUENCE, Hook, capture, in_use, put_state, take_state
 from .device import find_device
 from .draft import Draft, DraftSpec
 from .draft_stats import DraftStats
-from .dtype import FeatureDtype
+from .dtype import AUTO, FeatureDtype
 from .errors import ArgumentError, ClosedError, SnapshotMismatchError
 from .fingerprint import fingerprint
 from .mirror import FeatureMirror
@@ -24,6 +25,32 @@ from .snapshot import Snapshot
 
 #: Context rows that the draft attends to unless told otherwise.
 DEFAULT_WINDOW = 4096
+
+#: Arguments of ``Llama`` that drafting sets unless they are given. Without flash attention llama.cpp's CPU backend rounds a batch
+#: otherwise than a single token, so verified text would part from plain text at near ties (logits differ by up to 0.6 on SmolLM2-135M
+#: Q4_1; with it, by 0 up to 256 cells).
+LLAMA_DEFAULTS = {"flash_attn": True}
+
+
+def resolve_n_draft(n_draft: int | None, spec: DraftSpec) -> int:
+    """Tokens to draft per step; None: the whole block."""
+    most = spec.block_size - 1
+    n_draft = most if n_draft is None else n_draft
+    if not 1 <= n_draft <= most:
+        raise ArgumentError(f"n_draft is {n_draft}; this draft's block gives 1 to {most} tokens")
+    return n_draft
+
+
+def resolve_window(draft_window: int | None, n_ctx: int) -> int:
+    """Context rows that the draft attends to; never more than there is context."""
+    if draft_window is not None and draft_window < 1:
+        raise ArgumentError(f"draft_window is {draft_window}; it must be positive")
+    return min(n_ctx, DEFAULT_WINDOW if draft_window is None else draft_window)
+
+
+def mirror_cap(draft_window: int, spec: DraftSpec) -> int:
+    """Rows of the mirror: slack, so that an unverified block does not displace rows of the window."""
+    return draft_window + spec.block_size
 
 
 class DFlashState(LlamaState):
@@ -41,11 +68,13 @@ class DFlashLlama(Llama):
     Args:
         model_path: the target.
         draft_path: a DFlash draft made for it.
-        feature_dtype: how the mirror stores rows; None takes ``DFLASH_FEATURE_DTYPE``, else f32.
+        feature_dtype: how the mirror stores rows; None takes ``DFLASH_FEATURE_DTYPE``, else f32. "auto" takes the most precise of
+            f32, bf16 and q8_0 that leaves ``memory_margin`` free, see :func:`ggml_mirror.budget.make_budget`.
         draft_window: context rows that the draft attends to; the mirror holds ``draft_window + block_size`` rows. None takes
             4096, or the context if that is smaller.
         draft_device: device of draft and mirror: a ggml device name, or "auto": where the target's output matrix lies.
         n_draft: tokens to draft per step, at most ``block_size - 1`` (the default).
+        memory_margin: for "auto": bytes, or text such as "512MiB", to leave free on the mirror's device.
         llama_kwargs: as for ``llama_cpp.Llama``, but for ``draft_model`` and ``embedding``; ``flash_attn`` is on unless given.
 
     Raises:
@@ -70,26 +99,28 @@ class DFlashLlama(Llama):
         draft_window: int | None = None,
         draft_device: str = "auto",
         n_draft: int | None = None,
+        memory_margin: int | str | None = None,
         **llama_kwargs: Any,
     ) -> None:
+        self._stack = contextlib.ExitStack()  # Llama closes it, also if what follows raises before it has made its own
         for name in ("draft_model", "embedding"):
             if llama_kwargs.get(name):
                 raise ArgumentError(f"{name} cannot be given together with draft_path")
-        self.feature_dtype = FeatureDtype.resolve(feature_dtype)
         self.draft_path = str(draft_path)
-        self._drafting = {"draft_window": draft_window, "draft_device": draft_device, "n_draft": n_draft}
+        self._drafting: dict[str, Any] = {
+            "draft_window": draft_window,
+            "draft_device": draft_device,
+            "n_draft": n_draft,
+        }
         target = ModelInfo.read(model_path)
         self.draft_spec = DraftSpec.read(draft_path, target)
-        block = self.draft_spec.block_size
-        self.n_draft = block - 1 if n_draft is None else n_draft
-        if not 1 <= self.n_draft <= block - 1:
-            raise ArgumentError(f"n_draft is {n_draft}; this draft's block gives 1 to {block - 1} tokens")
-        if draft_window is not None and draft_window < 1:
-            raise ArgumentError(f"draft_window is {draft_window}; it must be positive")
-
-        # Without flash attention llama.cpp's CPU backend rounds a batch otherwise than a single token, so verified text would part
-        # from plain text at near ties (logits differ by up to 0.6 on SmolLM2-135M Q4_1; with it, by 0 up to 256 cells).
-        llama_kwargs.setdefault("flash_attn", True)
+        self.n_draft = resolve_n_draft(n_draft, self.draft_spec)
+        resolve_window(draft_window, 1)  # a bad one is an error before the target is loaded
+        dtype = FeatureDtype.resolve_choice(feature_dtype)
+        if dtype is None:
+            dtype = self._choose_dtype(model_path, memory_margin, llama_kwargs)
+        self.feature_dtype = dtype
+        llama_kwargs = {**LLAMA_DEFAULTS, **llama_kwargs}
         super().__init__(model_path, **llama_kwargs)
         try:
             self._start_drafting(draft_window, draft_device)
@@ -97,8 +128,24 @@ class DFlashLlama(Llama):
             self.close()
             raise
 
+    def _choose_dtype(
+        self, model_path: str, memory_margin: int | str | None, llama_kwargs: dict[str, Any]
+    ) -> FeatureDtype:
+        from .budget import make_budget
+
+        budget = make_budget(
+            model_path,
+            draft_path=self.draft_path,
+            feature_dtype=AUTO,
+            memory_margin=memory_margin,
+            **self._drafting,
+            **llama_kwargs,
+        )
+        budget.require_fit()
+        assert budget.dtype is not None
+        return budget.dtype
+
     def _start_drafting(self, draft_window: int | None, draft_device: str) -> None:
-        block = self.draft_spec.block_size
         if self.n_batch < self.n_draft + 1:
             raise ArgumentError(
                 f"n_batch is {self.n_batch}; verifying {self.n_draft} drafted tokens needs {self.n_draft + 1}"
@@ -107,15 +154,13 @@ class DFlashLlama(Llama):
             self.context_params.n_rs_seq = self.n_draft
         hook = Hook.of(self)
         device = find_device(draft_device) if draft_device != "auto" else hook.output_device()
-        self.draft_window = (
-            min(self.n_ctx(), DEFAULT_WINDOW) if draft_window is None else min(draft_window, self.n_ctx())
-        )
+        self.draft_window = resolve_window(draft_window, self.n_ctx())
         spec = self.draft_spec
         self.mirror = self._stack.enter_context(
             FeatureMirror(
                 taps=len(spec.taps),
                 n_embd=spec.n_embd_target,
-                cap=self.draft_window + block,  # slack: an unverified block must not displace rows of the window
+                cap=mirror_cap(self.draft_window, spec),
                 dtype=self.feature_dtype,
                 device=device.name,
                 n_threads=self.n_threads_batch,

@@ -107,10 +107,11 @@ def _native_versions(native: Any, found: Diagnosis) -> None:
 
 
 def _default_dtype(found: Diagnosis) -> None:
-    from .dtype import FeatureDtype
+    from .dtype import AUTO, FeatureDtype
 
     try:
-        found.default_dtype = FeatureDtype.default().value
+        choice = FeatureDtype.resolve_choice(None)
+        found.default_dtype = AUTO if choice is None else choice.value
     except GgmlMirrorError as error:
         found.problems.append(str(error))
 

@@ -12,6 +12,9 @@ from .errors import ArgumentError, DtypeError, ShapeError
 #: Environment variable that sets the default feature dtype wherever one may be given.
 DTYPE_VARIABLE = "DFLASH_FEATURE_DTYPE"
 
+#: In place of a dtype's name, where a target and a draft are given: the most precise one that memory allows (see ``budget``).
+AUTO = "auto"
+
 
 class FeatureDtype(str, Enum):
     """ggml types that a mirror can hold, most precise first. Compares equal to its name: ``FeatureDtype.Q8_0 == "q8_0"``."""
@@ -52,6 +55,12 @@ class FeatureDtype(str, Enum):
     def resolve(cls, dtype: str | FeatureDtype | None) -> FeatureDtype:
         """An explicit dtype wins; None means :meth:`default`."""
         return cls.default() if dtype is None else cls.parse(dtype)
+
+    @classmethod
+    def resolve_choice(cls, dtype: str | FeatureDtype | None) -> FeatureDtype | None:
+        """As :meth:`resolve`, for places that can choose themselves: None if "auto" was asked for, here or by the variable."""
+        asked = os.environ.get(DTYPE_VARIABLE) if dtype is None else dtype
+        return None if _is_auto(asked) else cls.resolve(dtype)
 
     @property
     def ggml_type(self) -> int:
@@ -110,4 +119,13 @@ def _parse(name: str | FeatureDtype, prefix: str) -> FeatureDtype:
         except ValueError:
             pass
     good = ", ".join(d.value for d in FeatureDtype)
+    if _is_auto(name):
+        raise DtypeError(
+            f"{prefix}{AUTO} weighs a target and a draft against memory; that is possible in DFlashLlama, "
+            f"`ggml-mirror run` and `ggml-mirror serve`. Here name one of {good}"
+        )
     raise DtypeError(f"{prefix}unknown feature dtype {name!r}; use one of {good}")
+
+
+def _is_auto(name: object) -> bool:
+    return isinstance(name, str) and name.strip().lower() == AUTO

@@ -53,6 +53,29 @@ class MirrorMemoryError(GgmlMirrorError, MemoryError):
         self.fitting_dtypes = fitting_dtypes
 
 
+class BudgetError(MirrorMemoryError):
+    """Target, draft and mirror together do not fit; found before anything was allocated.
+
+    Attributes:
+        device: the one that is too small; the bytes are its.
+        max_window: largest draft window that fits at the dtype that was asked for (0: none).
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        device: str,
+        bytes_needed: int,
+        bytes_free: int,
+        max_window: int = 0,
+        fitting_dtypes: tuple[str, ...] = (),
+    ) -> None:
+        super().__init__(message, bytes_needed=bytes_needed, bytes_free=bytes_free, fitting_dtypes=fitting_dtypes)
+        self.device = device
+        self.max_window = max_window
+
+
 class StaleRowError(GgmlMirrorError, LookupError):
     """A row that was asked for is missing, partial or overwritten.
 

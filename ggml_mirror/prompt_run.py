@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .errors import ArgumentError, BackendError, ModelFileError
+from .llama_log import collected_errors
 from .model_info import ModelInfo
 from .prompts import Prompt
 
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
 
 STYLES = RAW, CHAT, BOTH = ("raw", "chat", "both")
 PREFILL, DECODE = "prefill", "decode"
-
-_LOG_LEVEL_ERROR = 4  # GGML_LOG_LEVEL_ERROR
 
 #: ``phase(name, rows)``: a context in which that many rows are evaluated; the name is PREFILL or DECODE.
 Phase = Callable[[str, int], AbstractContextManager[None]]
@@ -66,7 +65,7 @@ def load(
 
     n_batch = min(n_batch, n_ctx)
     threads = n_threads or default_threads()
-    with _collected_errors(enabled=not verbose) as reasons:
+    with collected_errors(enabled=not verbose) as reasons:
         try:
             llm = llama_cpp.Llama(
                 model_path=str(info.path),
@@ -91,29 +90,6 @@ def load(
             yield llm
         finally:
             llm.close()
-
-
-@contextmanager
-def _collected_errors(*, enabled: bool) -> Iterator[list[str]]:
-    """llama.cpp's log kept off the terminal, its errors in a list. llama_cpp's ``verbose=False`` lets warnings by."""
-    import llama_cpp
-    from llama_cpp import _logger
-
-    reasons: list[str] = []
-    if not enabled:
-        yield reasons
-        return
-
-    @llama_cpp.llama_log_callback
-    def keep(level: int, text: bytes, _: object) -> None:
-        if level == _LOG_LEVEL_ERROR:
-            reasons.append(text.decode("utf-8", "replace").strip())
-
-    llama_cpp.llama_log_set(keep, None)
-    try:
-        yield reasons
-    finally:
-        llama_cpp.llama_log_set(_logger.llama_log_callback, None)
 
 
 def default_threads() -> int:

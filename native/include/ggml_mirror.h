@@ -87,7 +87,7 @@ typedef struct gm_device_info {
     char     backend[64];      // backend registry name
     int32_t  type;             // enum ggml_backend_dev_type
     bool     is_host;          // its buffers are host memory
-    uint64_t memory_free;      // bytes; for the CPU: available to this process (cgroup limit included)
+    uint64_t memory_free;      // bytes; for host devices: what this process may still take, see gm_host_memory
     uint64_t memory_total;
 } gm_device_info;
 
@@ -97,12 +97,38 @@ GM_API gm_status gm_device_get(int32_t index, gm_device_info * info);
 // Index of a device: a ggml device name (any case), or "auto" (the first GPU, else the CPU).
 GM_API gm_status gm_device_find(const char * name, int32_t * index);
 
+typedef struct gm_host_memory {
+    uint64_t free, total;      // bytes
+    char     limit[160];       // what sets `free`, for people
+} gm_host_memory;
+
+// Host memory that this process may take: the least of what the machine has available, what the limits of its control groups (v1, v2)
+// leave, and what ulimit -v leaves. Page cache counts as free. root: prefix of /proc and /sys, NULL for the real ones.
+GM_API gm_status gm_host_memory_get(const char * root, gm_host_memory * memory);
+
 // Index of the device whose memory a tensor lies in.
 GM_API gm_status gm_tensor_device(const struct ggml_tensor * tensor, int32_t * index);
 
 // Can the device capture taps of n_embd values into, and read rows of `width` values back from, a ring of `type`? Some kernels want
 // more than whole blocks. 0, 0: one block each, so that the answer holds for any width.
 GM_API gm_status gm_device_supports(int32_t index, int32_t type, int64_t n_embd, int64_t width, bool * capture, bool * read);
+
+// ---------------------------------------------------------------------------------------------- target
+
+// Bytes of a llama_context and its model in one type of buffer.
+typedef struct gm_target_bytes {
+    int32_t  device;           // index of the device whose memory it is
+    bool     mappable;         // weights in it are pages of the file, if the file is mapped
+    char     buffer[64];       // as ggml names the type: "CPU", "CPU_REPACK", "CUDA0", "CUDA_Host"
+    uint64_t weights, context, compute;
+} gm_target_bytes;
+
+// What a llama_context has allocated; if its model was loaded with no_alloc, what it would allocate. breakdown: address of libllama's
+// llama_get_memory_breakdown(const llama_context *), a C++ function. `max` entries are filled, *count is the total.
+GM_API gm_status gm_target_memory(const void * breakdown, const void * context, int32_t max, gm_target_bytes * entries, int32_t * count);
+
+// Index of a ggml_backend_dev_t.
+GM_API gm_status gm_device_index(const void * device, int32_t * index);
 
 // ---------------------------------------------------------------------------------------------- mirror
 

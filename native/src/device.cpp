@@ -1,11 +1,10 @@
 #include "device.h"
 
 #include "ggml-cpp.h"
+#include "host_memory.h"
 #include "rows_device.h"
 
-#include <algorithm>
 #include <cstdio>
-#include <cstring>
 #include <string>
 #include <strings.h>
 
@@ -15,6 +14,14 @@ ggml_backend_dev_t device_at(int32_t index) {
     const int64_t n = int64_t(ggml_backend_dev_count());
     if (index < 0 || index >= n) throw error(GM_ERR_DEVICE, "no device %d; ggml has %lld", index, (long long) n);
     return ggml_backend_dev_get(size_t(index));
+}
+
+int32_t device_index(ggml_backend_dev_t device) {
+    const size_t n = ggml_backend_dev_count();
+    for (size_t i = 0; i < n; ++i) {
+        if (ggml_backend_dev_get(i) == device) return int32_t(i);
+    }
+    throw error(GM_ERR_DEVICE, "a device that ggml does not list");
 }
 
 bool device_is_host(ggml_backend_dev_t device) {
@@ -44,40 +51,11 @@ ggml_backend_dev_t device_of(const ggml_tensor * t) {
     return device && !ggml_backend_buffer_is_host(buffer) ? device : ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
 }
 
-// One number of a small text file; -1 if there is none ("max").
-static int64_t read_number(const char * path, const char * key) {
-    FILE * file = fopen(path, "re");
-    if (!file) return -1;
-    char    line[256];
-    int64_t number = -1;
-    while (fgets(line, sizeof(line), file)) {
-        if (strncmp(line, key, strlen(key)) != 0) continue;
-        long long value;
-        if (sscanf(line + strlen(key), "%lld", &value) == 1) number = value;
-        break;
-    }
-    fclose(file);
-    return number;
-}
-
-static uint64_t host_memory_free(uint64_t reported) {
-    uint64_t      free      = reported;
-    const int64_t available = read_number("/proc/meminfo", "MemAvailable:");
-    if (available >= 0) free = std::min<uint64_t>(free, uint64_t(available) * 1024);
-    const int64_t limit = read_number("/sys/fs/cgroup/memory.max", "");
-    const int64_t used  = read_number("/sys/fs/cgroup/memory.current", "");
-    if (limit >= 0 && used >= 0) {
-        // Page cache counts as used but is given up on demand.
-        const int64_t cache = std::max<int64_t>(read_number("/sys/fs/cgroup/memory.stat", "inactive_file "), 0);
-        free = std::min<uint64_t>(free, uint64_t(std::max<int64_t>(limit - used + cache, 0)));
-    }
-    return free;
-}
-
 uint64_t device_memory_free(ggml_backend_dev_t device) {
+    if (device_is_host(device)) return host_memory().free;
     size_t free = 0, total = 0;
     ggml_backend_dev_memory(device, &free, &total);
-    return device_is_host(device) ? host_memory_free(free) : free;
+    return free;
 }
 
 Support device_ggml_ops(ggml_backend_dev_t device, const Dtype & dtype, int64_t n_embd, int64_t width) {
@@ -114,7 +92,7 @@ gm_status gm_device_get(int32_t index, gm_device_info * info) {
         out.type         = ggml_backend_dev_type(device);
         out.is_host      = gm::device_is_host(device);
         out.memory_free  = gm::device_memory_free(device);
-        out.memory_total = total;
+        out.memory_total = out.is_host ? gm::host_memory().total : total;
     });
 }
 
@@ -142,16 +120,7 @@ gm_status gm_device_find(const char * name, int32_t * index) {
 }
 
 gm_status gm_tensor_device(const struct ggml_tensor * tensor, int32_t * index) {
-    return gm::guard([&] {
-        const ggml_backend_dev_t device = gm::device_of(&gm::required(tensor, "tensor"));
-        for (int32_t i = 0; i < gm_device_count(); ++i) {
-            if (ggml_backend_dev_get(size_t(i)) == device) {
-                gm::required(index, "index") = i;
-                return;
-            }
-        }
-        throw gm::error(GM_ERR_DEVICE, "tensor %s lies on no device that ggml lists", tensor->name);
-    });
+    return gm::guard([&] { gm::required(index, "index") = gm::device_index(gm::device_of(&gm::required(tensor, "tensor"))); });
 }
 
 gm_status gm_device_supports(int32_t index, int32_t type, int64_t n_embd, int64_t width, bool * capture, bool * read) {

@@ -8,6 +8,7 @@
 namespace gm {
 
 ggml_backend_dev_t device_at(int32_t index);
+int32_t            device_index(ggml_backend_dev_t device);
 bool               device_is_host(ggml_backend_dev_t device);
 
 ggml_backend_dev_t device_of(const ggml_tensor * tensor);
@@ -18,7 +19,7 @@ ggml_backend_buffer_t buffer_of(const ggml_tensor * tensor);
 // A backend of the device, with that many threads if it has any to set. Throws GM_ERR_DEVICE.
 ggml_backend_ptr start_backend(ggml_backend_dev_t device, int n_threads);
 
-// Free bytes; for host devices what this process may still take: MemAvailable, or less under a cgroup limit.
+// Free bytes; for host devices what this process may still take (host_memory.h).
 uint64_t device_memory_free(ggml_backend_dev_t device);
 
 struct Support {

@@ -1,0 +1,39 @@
+"""A budget as a Rich table."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.markup import escape
+
+from .budget import Budget
+from .byte_size import format_bytes
+from .report import _columns, _print_notes, _table
+
+
+def print_budget(budget: Budget, console: Console) -> None:
+    """Every part with its device and bytes, what each device has, and why the feature dtype is what it is.
+
+    A budget that does not fit is shown as well; its error says what would.
+    """
+    table = _table("Memory, before it is allocated")
+    table.add_column("part", overflow="fold")
+    table.add_column("device", overflow="fold")
+    _columns(table, None, "bytes", "size")
+    table.add_column("", overflow="fold")
+    for part in budget.parts:
+        most = "at most; " if part.at_most and part.detail else "at most" if part.at_most else ""
+        table.add_row(
+            part.name, part.device, f"{part.bytes:,}", format_bytes(part.bytes), escape(f"{most}{part.detail}")
+        )
+    for device in budget.devices:
+        table.add_section()
+        free = f"of {format_bytes(device.total)}{f', {device.limit}' if device.limit else ''}"
+        table.add_row("needed", device.name, f"{device.needed:,}", format_bytes(device.needed))
+        table.add_row("free", device.name, f"{device.free:,}", format_bytes(device.free), escape(free))
+        colour = "green" if device.free_after >= 0 else "yellow" if device.fits else "red"
+        after = (f"[{colour}]{text}[/]" for text in (f"{device.free_after:,}", format_bytes(device.free_after)))
+        table.add_row("free after", device.name, *after)
+    console.print(table)
+    if budget.reason:
+        console.print(f"feature dtype: {escape(budget.reason)}")
+    _print_notes(budget.notes, console)

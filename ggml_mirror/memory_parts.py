@@ -1,0 +1,136 @@
+"""What a target, its draft and its mirror take memory for, and on which device; each from the function that its allocator uses."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from .device import Device, devices, find_device, host_memory
+from .dflash import mirror_cap
+from .draft import DraftBytes, DraftSpec, draft_bytes
+from .dtype import FeatureDtype
+from .mirror import mirror_size
+from .target_memory import BufferBytes, TargetMemory
+
+
+@dataclass(frozen=True)
+class Part:
+    """One entry of a budget.
+
+    Attributes:
+        id: stable name for machines, as "kv_cache".
+        name: the same for people.
+        device: whose memory it is.
+        mapped: pages of a file, which the system drops and reads again as it needs.
+        at_most: an upper bound rather than what will be allocated.
+    """
+
+    id: str
+    name: str
+    device: str
+    bytes: int
+    detail: str = ""
+    mapped: bool = False
+    at_most: bool = False
+
+
+@dataclass(frozen=True)
+class Room:
+    """A device's memory at one moment, in bytes. ``limit`` says what sets ``free`` on a host device."""
+
+    device: str
+    description: str
+    free: int
+    total: int
+    limit: str
+
+
+def rooms() -> tuple[Room, ...]:
+    """Every device's memory as it is now."""
+    limit = host_memory().limit
+    return tuple(
+        Room(d.name, d.description, d.memory_free, d.memory_total, limit if d.is_host else "") for d in devices()
+    )
+
+
+def target_parts(memory: TargetMemory, *, n_outputs: int, lora_path: Any = None) -> tuple[Part, ...]:
+    """What a target takes.
+
+    Args:
+        n_outputs: positions whose logits one evaluation keeps, at most.
+    """
+    parts, cpu = [], find_device("cpu").name
+    for b in memory.buffers:
+        held = "mapped from the file: page cache" if b.mapped else ""
+        parts.append(Part("target_weights", "target weights", b.device, b.weights, _detail(b, held), mapped=b.mapped))
+    cells = f"n_ctx {memory.n_ctx:,}"
+    if "KV" in memory.context_name:
+        cells += ", K {}, V {}".format(*memory.cache_types)
+    for b in memory.buffers:
+        parts.append(Part("kv_cache", memory.context_name, b.device, b.context, _detail(b, cells)))
+    for b in memory.buffers:
+        parts.append(Part("target_compute", "target compute", b.device, b.compute, _detail(b, "")))
+    # llama.cpp keeps logits in host memory and makes room for more positions as they come.
+    parts.append(
+        Part("logits", "logits", cpu, 4 * memory.n_vocab * n_outputs, f"{n_outputs:,} positions x {memory.n_vocab:,}")
+    )
+    if memory.copies_state:
+        state = sum(b.context for b in memory.buffers)
+        parts.append(Part("state_copy", "copy of the running state", cpu, state, at_most=True))
+    if lora_path:
+        parts.append(Part("lora", "LoRA adapter", cpu, os.path.getsize(lora_path), "its file's size", at_most=True))
+    return _present(parts)
+
+
+@dataclass(frozen=True)
+class PairCosts:
+    """Draft and mirror on ``device``, at any dtype and window."""
+
+    spec: DraftSpec
+    device: Device
+    n_vocab: int
+    _drafts: dict[int, DraftBytes] = field(default_factory=dict, repr=False)
+
+    def parts(self, dtype: FeatureDtype | None, window: int) -> tuple[Part, ...]:
+        """What they take; without a dtype, the draft alone."""
+        if window not in self._drafts:
+            self._drafts[window] = draft_bytes(
+                self.spec, n_vocab=self.n_vocab, device_index=self.device.index, window=window
+            )
+        draft, here = self._drafts[window], self.device.name
+        parts = [
+            Part("draft_weights", "draft weights", here, draft.weights, self.spec.path.name),
+            Part("draft_kv", "draft K and V", here, draft.kv, f"window {window:,}"),
+            Part("draft_compute", "draft compute", here, draft.compute, at_most=True),
+        ]
+        if dtype is not None:
+            cap = mirror_cap(window, self.spec)
+            size = mirror_size(len(self.spec.taps), self.spec.n_embd_target, cap, dtype, self.device.index)
+            parts += [
+                Part("mirror", "mirror", here, size.ring, f"{dtype}, {cap:,} rows x {size.row:,} B"),
+                Part("mirror_staging", "mirror staging", here, size.staging, at_most=True),
+                Part("mirror_bookkeeping", "mirror bookkeeping", find_device("cpu").name, size.bookkeeping),
+            ]
+        return _present(parts)
+
+    def can_hold(self, dtype: FeatureDtype) -> bool:
+        """The device can capture rows into this dtype and read them back."""
+        taps, n_embd = len(self.spec.taps), self.spec.n_embd_target
+        if n_embd % dtype.block_size:
+            return False
+        support = self.device.supports(dtype, taps=taps, n_embd=n_embd)
+        return support.capture and support.read
+
+    def possible(self, dtypes: Iterable[FeatureDtype] = FeatureDtype) -> tuple[FeatureDtype, ...]:
+        return tuple(d for d in dtypes if self.can_hold(d))
+
+
+def _detail(b: BufferBytes, what: str) -> str:
+    """``what``, and the type of buffer where it says more than the device."""
+    return ", ".join(text for text in (what, "" if b.buffer == b.device else b.buffer) if text)
+
+
+def _present(parts: Sequence[Part]) -> tuple[Part, ...]:
+    return tuple(part for part in parts if part.bytes)

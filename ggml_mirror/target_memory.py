@@ -1,0 +1,216 @@
+"""What a target takes, asked of llama.cpp before anything is allocated.
+
+llama.cpp can load a model with ``no_alloc``: it lays out weights, cache and compute graphs, and allocates none of them (its own
+``--fit`` asks it the same way; a recurrent state is small and really made for that moment). The parameters are those that
+``llama_cpp.Llama`` makes of its arguments, because it is a ``Llama`` that asks.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import llama_cpp
+from llama_cpp import Llama
+
+from ._native import check, ffi, lib, text
+from .device import Device, devices
+from .errors import ModelFileError, UnsupportedError
+from .llama_log import collected_errors
+from .rollback import Rollback, wants_snapshots
+
+# C++ functions of libllama, under the names that compilers give them. Declared in llama-ext.h, which is not installed.
+_BREAKDOWN = ("_Z26llama_get_memory_breakdownPK13llama_context",)
+_OUTPUT_DEVICE = ("_ZNK11llama_model10dev_outputEv",)
+
+
+@dataclass(frozen=True)
+class BufferBytes:
+    """Bytes of a target in one type of buffer.
+
+    Attributes:
+        buffer: ggml's name of the type: "CPU", "CPU_REPACK", "CUDA0", "CUDA_Host".
+        device: name of the device whose memory it is.
+        weights, context, compute: the model; its cache and running state; scratch of the largest graph.
+        mapped: the weights are pages of the file, which the system drops and reads again as it needs.
+    """
+
+    buffer: str
+    device: str
+    weights: int
+    context: int
+    compute: int
+    mapped: bool
+
+
+@dataclass(frozen=True)
+class TargetMemory:
+    """What :func:`measure` found.
+
+    Attributes:
+        n_ctx: llama.cpp's own, which may round up what was asked for.
+        context_name: what the target keeps of its tokens: "KV cache", "running state", or both.
+        cache_types: of keys and of values, as ggml names them.
+        output_device: where the output matrix lies.
+        copies_state: drafting copies the context to host memory before each block, for want of another way back (see ``rollback``).
+    """
+
+    buffers: tuple[BufferBytes, ...]
+    n_ctx: int
+    n_vocab: int
+    n_batch: int
+    context_name: str
+    cache_types: tuple[str, str]
+    output_device: Device
+    copies_state: bool
+
+
+def measure(model_path: str | os.PathLike[str], *, n_draft: int | None = None, **llama_kwargs: Any) -> TargetMemory:
+    """What a ``Llama`` (with ``n_draft``: a ``DFlashLlama``) of these arguments would allocate for its target.
+
+    Args:
+        n_draft: drafted tokens per step; for targets with a running state llama.cpp then keeps snapshots of it.
+        llama_kwargs: as for ``llama_cpp.Llama``.
+
+    Raises:
+        ModelFileError: llama.cpp does not load it, or no context can be made for it.
+        UnsupportedError: this libllama does not tell.
+    """
+    _function(_BREAKDOWN)
+    mapped = bool(llama_kwargs.get("use_mmap", True)) and not llama_kwargs.get("lora_path")
+    dry = {k: v for k, v in llama_kwargs.items() if k not in _NOT_MEASURED}
+    path = os.fspath(model_path)
+    with collected_errors() as reasons:
+        try:
+            llm = _DryLlama(path, **dry, use_mmap=False, verbose=False)
+        except Exception as error:  # ValueError, RuntimeError, and Jinja's own errors for a bad template
+            raise ModelFileError(
+                f"{path}: llama.cpp (llama-cpp-python {llama_cpp.__version__}) does not load it: "
+                f"{reasons[0] if reasons else error}"
+            ) from error
+        try:
+            if n_draft is not None and wants_snapshots(llm, n_draft):
+                _remake_with_snapshots(llm, n_draft)
+            return TargetMemory(
+                breakdown(llm, mapped=mapped),
+                llm.n_ctx(),
+                llm.n_vocab(),
+                llm.n_batch,
+                _context_name(llm),
+                (_type_name(llm.context_params.type_k), _type_name(llm.context_params.type_v)),
+                _output_device(llm),
+                n_draft is not None and Rollback(llm, n_draft).means == "copies",
+            )
+        finally:
+            llm.close()
+
+
+def breakdown(llm: Llama, *, mapped: bool) -> tuple[BufferBytes, ...]:
+    """What a ``Llama`` has allocated for its target, by llama.cpp's account.
+
+    Raises:
+        UnsupportedError: this libllama does not tell.
+    """
+    function = ffi.cast("void *", ctypes.cast(_function(_BREAKDOWN), ctypes.c_void_p).value)
+    context = ffi.cast("void *", _address(llm.ctx))
+    count, most = ffi.new("int32_t *"), 64
+    entries = ffi.new("gm_target_bytes[]", most)
+    check(lib.gm_target_memory(function, context, most, entries, count))
+    found = tuple(_entry(entries[i], mapped) for i in range(min(count[0], most)))
+    _require_sense(found, llama_cpp.llama_model_size(llm.model))
+    return found
+
+
+#: Arguments that change nothing here, or would make the dry run allocate.
+_NOT_MEASURED = (
+    "use_mmap",
+    "use_mlock",
+    "verbose",
+    "logits_all",
+    "draft_model",
+    "lora_path",
+    "lora_base",
+    "chat_handler",
+)
+
+
+class _DryLlama(Llama):
+    """A ``Llama`` that allocates neither weights nor cache, and cannot evaluate."""
+
+    @property
+    def model_params(self) -> Any:
+        return self._dry_params
+
+    @model_params.setter
+    def model_params(self, params: Any) -> None:
+        params.no_alloc = True
+        self._dry_params = params
+
+
+def _remake_with_snapshots(llm: Llama, n_draft: int) -> None:
+    llm.context_params.n_rs_seq = n_draft
+    llama_cpp.llama_free(llm._ctx.ctx)
+    llm._ctx.ctx = None
+    llm._ctx.ctx = llama_cpp.llama_init_from_model(llm.model, llm.context_params)
+    if llm._ctx.ctx is None:
+        raise ModelFileError(
+            f"{llm.model_path}: llama.cpp makes no context with {n_draft} snapshots of its running state"
+        )
+
+
+def _entry(entry: Any, mapped: bool) -> BufferBytes:
+    return BufferBytes(
+        buffer=text(entry.buffer),
+        device=devices()[entry.device].name,
+        weights=entry.weights,
+        context=entry.context,
+        compute=entry.compute,
+        mapped=mapped and entry.mappable and entry.weights > 0,
+    )
+
+
+def _require_sense(found: tuple[BufferBytes, ...], model_bytes: int) -> None:
+    # The structure behind the call is not part of llama.cpp's stable interface.
+    weights = sum(entry.weights for entry in found)
+    if not 0.5 * model_bytes <= weights <= 4 * model_bytes + (64 << 20):
+        raise UnsupportedError(
+            f"llama.cpp's account of its memory cannot be read: it gives {weights} bytes of weights for a model of "
+            f"{model_bytes}; ggml-mirror does not know this version of llama.cpp"
+        )
+
+
+def _context_name(llm: Llama) -> str:
+    if llama_cpp.llama_model_is_recurrent(llm.model):
+        return "running state"
+    return "KV cache and running state" if llama_cpp.llama_model_is_hybrid(llm.model) else "KV cache"
+
+
+def _type_name(number: int) -> str:
+    from gguf.constants import GGMLQuantizationType
+
+    return str(GGMLQuantizationType(number).name.lower())
+
+
+def _output_device(llm: Llama) -> Device:
+    function = _function(_OUTPUT_DEVICE)
+    function.argtypes, function.restype = [ctypes.c_void_p], ctypes.c_void_p
+    index = ffi.new("int32_t *")
+    check(lib.gm_device_index(ffi.cast("void *", function(_address(llm.model))), index))
+    return devices()[int(index[0])]
+
+
+def _address(pointer: Any) -> int:
+    return ctypes.cast(pointer, ctypes.c_void_p).value or 0
+
+
+def _function(names: tuple[str, ...]) -> Any:
+    for name in names:
+        try:
+            return getattr(llama_cpp.llama_cpp._lib, name)
+        except AttributeError:
+            continue
+    raise UnsupportedError(
+        f"llama.cpp (llama-cpp-python {llama_cpp.__version__}) does not tell what it would allocate: its library has no {names[0]}"
+    )
