@@ -14,6 +14,9 @@ from .dtype import FeatureDtype
 from .mirror import mirror_size
 from .target_memory import BufferBytes, TargetMemory
 
+#: llama.cpp's tables of tokens and merges, for want of anything that tells: what 49,152 tokens of byte-level BPE took.
+_BYTES_PER_TOKEN = 260
+
 
 @dataclass(frozen=True)
 class Part:
@@ -75,6 +78,10 @@ def target_parts(memory: TargetMemory, *, n_outputs: int, lora_path: Any = None)
     # llama.cpp keeps logits in host memory and makes room for more positions as they come.
     parts.append(
         Part("logits", "logits", cpu, 4 * memory.n_vocab * n_outputs, f"{n_outputs:,} positions x {memory.n_vocab:,}")
+    )
+    words = _BYTES_PER_TOKEN * memory.n_vocab
+    parts.append(
+        Part("vocabulary", "vocabulary", cpu, words, f"about {_BYTES_PER_TOKEN} B for each of {memory.n_vocab:,}")
     )
     if memory.copies_state:
         state = sum(b.context for b in memory.buffers)

@@ -17,7 +17,7 @@ from llama_cpp import Llama
 
 from ._native import check, ffi, lib, text
 from .device import Device, devices
-from .errors import ModelFileError, UnsupportedError
+from .errors import MirrorMemoryError, ModelFileError, UnsupportedError
 from .llama_log import collected_errors
 from .rollback import Rollback, wants_snapshots
 
@@ -77,6 +77,7 @@ def measure(model_path: str | os.PathLike[str], *, n_draft: int | None = None, *
     Raises:
         ModelFileError: llama.cpp does not load it, or no context can be made for it.
         UnsupportedError: this libllama does not tell.
+        MirrorMemoryError: not even to ask is there memory.
     """
     _function(_BREAKDOWN)
     mapped = bool(llama_kwargs.get("use_mmap", True)) and not llama_kwargs.get("lora_path")
@@ -85,6 +86,8 @@ def measure(model_path: str | os.PathLike[str], *, n_draft: int | None = None, *
     with collected_errors() as reasons:
         try:
             llm = _DryLlama(path, **dry, use_mmap=False, verbose=False)
+        except MemoryError as error:
+            raise MirrorMemoryError(f"{path}: not even the tables for its context fit into memory: {error}") from error
         except Exception as error:  # ValueError, RuntimeError, and Jinja's own errors for a bad template
             raise ModelFileError(
                 f"{path}: llama.cpp (llama-cpp-python {llama_cpp.__version__}) does not load it: "
