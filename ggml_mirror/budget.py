@@ -64,7 +64,7 @@ class Budget:
     Attributes:
         error: why it cannot be; None if it fits.
         dtype: the feature dtype; None if "auto" found none, and the parts are then without a mirror.
-        reason: why this dtype, in a sentence with the numbers.
+        reason: why "auto" chose this dtype, in a sentence with the numbers; empty if one was named.
         cap: rows of the mirror.
         margin: bytes that "auto" leaves free on ``mirror_device``.
     """
@@ -226,7 +226,7 @@ class _Search:
                 f"{self.pair.device.name} cannot hold rows of {taps} taps x {n_embd} as {dtype}; use one of {', '.join(good)}"
             )
         fits = self.fits(dtype, self.window)
-        return self.budget(n_ctx, dtype, f"{dtype} was asked for", None if fits else self.refusal(dtype))
+        return self.budget(n_ctx, dtype, "", None if fits else self.refusal(dtype))
 
     def auto(self, n_ctx: int) -> Budget:
         here = self.pair.device.name

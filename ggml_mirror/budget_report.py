@@ -35,5 +35,5 @@ def print_budget(budget: Budget, console: Console) -> None:
         table.add_row("free after", device.name, *after)
     console.print(table)
     if budget.reason:
-        console.print(f"feature dtype: {escape(budget.reason)}")
+        console.print(f"feature dtype auto: {escape(budget.reason)}")
     _print_notes(budget.notes, console)

@@ -311,6 +311,169 @@ def inspect(
         raise typer.Exit(1)
 
 
+@app.command(no_args_is_help=True)
+def run(
+    model: Annotated[Path, typer.Option("-m", "--model", metavar="GGUF", help="The target model.")],
+    draft: Annotated[
+        Path | None,
+        typer.Option(
+            "-md",
+            "--model-draft",
+            metavar="GGUF",
+            help="A DFlash draft made for it. Default: none, the target runs plainly.",
+        ),
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option("-p", "--prompt", help="Answer this and leave. Default: read messages, one a line.")
+    ] = None,
+    system: Annotated[str | None, typer.Option("-sys", "--system-prompt", help="The system prompt.")] = None,
+    feature_dtype: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DTYPE",
+            help="How the mirror stores rows; auto: the most precise of f32, bf16, q8_0 that leaves the memory margin. "
+            "Default: DFLASH_FEATURE_DTYPE, else f32.",
+        ),
+    ] = None,
+    memory_margin: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BYTES",
+            help="What auto leaves free, as 512MiB. Default: 5 % of the device's memory, at most 1 GiB.",
+        ),
+    ] = None,
+    draft_window: Annotated[
+        int | None, typer.Option(help="Context rows that the draft attends to. Default: 4096.")
+    ] = None,
+    draft_device: Annotated[
+        str,
+        typer.Option(
+            "-devd",
+            "--spec-draft-device",
+            metavar="NAME",
+            help="Of draft and mirror; auto: where the output matrix is.",
+        ),
+    ] = "auto",
+    n_draft: Annotated[
+        int | None,
+        typer.Option(
+            "--spec-draft-n-max", "--draft-max", help="Most tokens to draft per step. Default: the whole block."
+        ),
+    ] = None,
+    n_ctx: Annotated[
+        int | None,
+        typer.Option("-c", "--ctx-size", help="Context; 0: the model's. Default: the model's, at most 4096."),
+    ] = None,
+    n_predict: Annotated[
+        int,
+        typer.Option("-n", "--predict", "--n-predict", help="Most tokens of an answer; -1: what the context holds."),
+    ] = -1,
+    temp: Annotated[float, typer.Option("--temp", help="0: the most likely token.")] = 0.8,
+    top_k: Annotated[int, typer.Option("--top-k")] = 40,
+    top_p: Annotated[float, typer.Option("--top-p")] = 0.95,
+    min_p: Annotated[float, typer.Option("--min-p")] = 0.05,
+    repeat_penalty: Annotated[float, typer.Option("--repeat-penalty")] = 1.0,
+    seed: Annotated[
+        int, typer.Option("-s", "--seed", help="The same seed and messages give the same answers; -1: any.")
+    ] = -1,
+    n_batch: Annotated[int, typer.Option("-b", "--batch-size")] = 2048,
+    n_ubatch: Annotated[int, typer.Option("-ub", "--ubatch-size")] = 512,
+    n_threads: Annotated[int | None, typer.Option("-t", "--threads")] = None,
+    n_threads_batch: Annotated[int | None, typer.Option("-tb", "--threads-batch", help="Default: as -t.")] = None,
+    n_gpu_layers: Annotated[
+        str, typer.Option("-ngl", "--gpu-layers", "--n-gpu-layers", help="Blocks on the GPU; all or -1: all.")
+    ] = "all",
+    flash_attn: Annotated[str, typer.Option("-fa", "--flash-attn", metavar="on|off")] = "on",
+    type_k: Annotated[str, typer.Option("-ctk", "--cache-type-k", metavar="TYPE", help="Of the KV cache.")] = "f16",
+    type_v: Annotated[str, typer.Option("-ctv", "--cache-type-v", metavar="TYPE")] = "f16",
+    offload_kqv: Annotated[
+        bool, typer.Option("-kvo/-nkvo", "--kv-offload/--no-kv-offload", help="Keep the KV cache on the GPU.")
+    ] = True,
+    use_mmap: Annotated[
+        bool, typer.Option("--mmap/--no-mmap", help="Map the model's file rather than read it.")
+    ] = True,
+    use_mlock: Annotated[bool, typer.Option("--mlock", help="Keep the model in RAM.")] = False,
+) -> None:
+    """Chat with a target and its draft.
+
+    Shows first what everything will take of which device's memory, and leaves with exit code 3 if it does not fit. Answers go to
+    standard output, the rest to standard error. /help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves. If messages are
+    piped in, what goes wrong with one of them does not end the session, but decides the exit code.
+
+    [bold]Examples[/]
+
+    ggml-mirror run -m target.gguf -md draft.gguf
+
+    ggml-mirror run -m target.gguf -md draft.gguf --feature-dtype auto --memory-margin 2GiB -c 32768 -ngl all
+
+    ggml-mirror run -m target.gguf -md draft.gguf --temp 0 -p "Write a haiku about rings."
+
+    ggml-mirror run -m target.gguf < questions.txt > answers.txt
+    """
+    from .flags import cache_type, layers, switch
+
+    llama_kwargs = {
+        "n_batch": n_batch,
+        "n_ubatch": n_ubatch,
+        "n_gpu_layers": layers(n_gpu_layers),
+        "flash_attn": switch(flash_attn, "-fa") is not False,
+        "type_k": cache_type(type_k, "-ctk"),
+        "type_v": cache_type(type_v, "-ctv"),
+        "offload_kqv": offload_kqv,
+        "use_mmap": use_mmap,
+        "use_mlock": use_mlock,
+    }
+    _check_run(prompt, n_ctx=n_ctx, n_predict=n_predict, n_batch=n_batch, n_ubatch=n_ubatch, n_threads=n_threads)
+
+    from .chat import STOPPED, Chat, Sampling
+    from .chat_start import start
+    from .chat_terminal import ChatTerminal
+    from .prompt_run import default_threads
+    from .report import make_console
+
+    out, err = make_console(), make_console(stderr=True)
+    threads = n_threads or default_threads()
+    llm = start(
+        model,
+        draft,
+        err=err,
+        feature_dtype=feature_dtype,
+        draft_window=draft_window,
+        draft_device=draft_device,
+        n_draft=n_draft,
+        memory_margin=memory_margin,
+        verbose=_debugging(),
+        n_ctx=n_ctx,
+        n_threads=threads,
+        n_threads_batch=n_threads_batch or threads,
+        **llama_kwargs,
+    )
+    sampling = Sampling(temp, top_k, top_p, min_p, repeat_penalty, n_predict if n_predict > 0 else None)
+    try:
+        chat = Chat(llm, system=system, sampling=sampling, seed=seed)
+        terminal = ChatTerminal(chat, out=out, err=err)
+        if prompt is not None:
+            terminal.one_shot(prompt)
+            if chat.finish == STOPPED:
+                raise typer.Exit(130)  # as a shell counts an interrupt
+        elif (failed := terminal.run()) is not None:
+            raise typer.Exit(_exit_code(failed))
+    finally:
+        llm.close()
+
+
+def _check_run(prompt: str | None, *, n_ctx: int | None, n_predict: int, **positive: int | None) -> None:
+    if prompt is not None and not prompt.strip():
+        raise errors.ArgumentError("-p: the prompt is empty")
+    if n_ctx is not None and n_ctx < 0:
+        raise errors.ArgumentError(f"-c {n_ctx}: a number of tokens, or 0, was expected")
+    if n_predict == 0 or n_predict < -1:
+        raise errors.ArgumentError(f"-n {n_predict}: a number of tokens, or -1, was expected")
+    for name, value in positive.items():
+        if value is not None and value < 1:
+            raise errors.ArgumentError(f"{name} is {value}; it must be positive")
+
+
 def _integers(text: str, option: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]

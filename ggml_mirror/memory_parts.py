@@ -77,7 +77,7 @@ def target_parts(memory: TargetMemory, *, n_outputs: int, lora_path: Any = None)
         parts.append(Part("target_compute", "target compute", b.device, b.compute, _detail(b, "")))
     # llama.cpp keeps logits in host memory and makes room for more positions as they come.
     parts.append(
-        Part("logits", "logits", cpu, 4 * memory.n_vocab * n_outputs, f"{n_outputs:,} positions x {memory.n_vocab:,}")
+        Part("logits", "logits", cpu, 4 * memory.n_vocab * n_outputs, f"{n_outputs:,} x {memory.n_vocab:,} values")
     )
     words = _BYTES_PER_TOKEN * memory.n_vocab
     parts.append(
@@ -110,7 +110,7 @@ class PairCosts:
         parts = [
             Part("draft_weights", "draft weights", here, draft.weights, self.spec.path.name),
             Part("draft_kv", "draft K and V", here, draft.kv, f"window {window:,}"),
-            Part("draft_compute", "draft compute", here, draft.compute, at_most=True),
+            Part("draft_compute", "draft compute", here, draft.compute),
         ]
         if dtype is not None:
             cap = mirror_cap(window, self.spec)

@@ -7,6 +7,7 @@ llama.cpp can load a model with ``no_alloc``: it lays out weights, cache and com
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from llama_cpp import Llama
 from ._native import check, ffi, lib, text
 from .device import Device, devices
 from .errors import MirrorMemoryError, ModelFileError, UnsupportedError
-from .llama_log import collected_errors
+from .llama_log import explained
 from .rollback import Rollback, wants_snapshots
 
 # C++ functions of libllama, under the names that compilers give them. Declared in llama-ext.h, which is not installed.
@@ -83,17 +84,8 @@ def measure(model_path: str | os.PathLike[str], *, n_draft: int | None = None, *
     mapped = bool(llama_kwargs.get("use_mmap", True)) and not llama_kwargs.get("lora_path")
     dry = {k: v for k, v in llama_kwargs.items() if k not in _NOT_MEASURED}
     path = os.fspath(model_path)
-    with collected_errors() as reasons:
-        try:
-            llm = _DryLlama(path, **dry, use_mmap=False, verbose=False)
-        except MemoryError as error:
-            raise MirrorMemoryError(f"{path}: not even the tables for its context fit into memory: {error}") from error
-        except Exception as error:  # ValueError, RuntimeError, and Jinja's own errors for a bad template
-            raise ModelFileError(
-                f"{path}: llama.cpp (llama-cpp-python {llama_cpp.__version__}) does not load it: "
-                f"{reasons[0] if reasons else error}"
-            ) from error
-        try:
+    try:
+        with explained(path), contextlib.closing(_DryLlama(path, **dry, use_mmap=False, verbose=False)) as llm:
             if n_draft is not None and wants_snapshots(llm, n_draft):
                 _remake_with_snapshots(llm, n_draft)
             return TargetMemory(
@@ -106,8 +98,8 @@ def measure(model_path: str | os.PathLike[str], *, n_draft: int | None = None, *
                 _output_device(llm),
                 n_draft is not None and Rollback(llm, n_draft).means == "copies",
             )
-        finally:
-            llm.close()
+    except MemoryError as error:
+        raise MirrorMemoryError(f"{path}: not even the tables for its context fit into memory: {error}") from error
 
 
 def breakdown(llm: Llama, *, mapped: bool) -> tuple[BufferBytes, ...]:
