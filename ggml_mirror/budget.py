@@ -14,8 +14,9 @@ from typing import Any
 
 from .byte_size import format_bytes, parse_bytes
 from .device import Device, find_device
-from .dflash import LLAMA_DEFAULTS, mirror_cap, resolve_n_draft, resolve_window
+from .dflash import LLAMA_DEFAULTS, resolve_n_draft, resolve_window
 from .draft import DraftSpec
+from .draft_memory import mirror_cap
 from .dtype import FeatureDtype
 from .errors import ArgumentError, BudgetError, DtypeError
 from .memory_parts import PairCosts, Part, Room, rooms, target_parts
@@ -241,7 +242,7 @@ class _Search:
 
     def budget(self, n_ctx: int, dtype: FeatureDtype | None, reason: str, error: BudgetError | None) -> Budget:
         parts = self.parts(dtype, self.window)
-        on, cap = _devices(parts, self.rooms), mirror_cap(self.window, self.pair.spec)
+        on, cap = _devices(parts, self.rooms), mirror_cap(self.pair.spec, self.window)
         device = self.pair.device.name
         return Budget(parts, on, n_ctx, _notes(on), error, dtype, reason, self.window, cap, device, self.margin)
 

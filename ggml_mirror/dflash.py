@@ -13,7 +13,8 @@ from llama_cpp import Llama, LlamaState
 
 from .capture import SEQUENCE, Hook, capture, in_use, put_state, take_state
 from .device import find_device
-from .draft import Draft, DraftSpec
+from .draft import Draft, DraftSpec, draft_bytes
+from .draft_memory import mirror_cap, require_room
 from .draft_stats import DraftStats
 from .dtype import AUTO, FeatureDtype
 from .errors import ArgumentError, ClosedError, SnapshotMismatchError
@@ -46,11 +47,6 @@ def resolve_window(draft_window: int | None, n_ctx: int) -> int:
     if draft_window is not None and draft_window < 1:
         raise ArgumentError(f"draft_window is {draft_window}; it must be positive")
     return min(n_ctx, DEFAULT_WINDOW if draft_window is None else draft_window)
-
-
-def mirror_cap(draft_window: int, spec: DraftSpec) -> int:
-    """Rows of the mirror: slack, so that an unverified block does not displace rows of the window."""
-    return draft_window + spec.block_size
 
 
 class DFlashState(LlamaState):
@@ -156,27 +152,29 @@ class DFlashLlama(Llama):
         device = find_device(draft_device) if draft_device != "auto" else hook.output_device()
         self.draft_window = resolve_window(draft_window, self.n_ctx())
         spec = self.draft_spec
+        where: dict[str, int] = {
+            "n_vocab": self.n_vocab(),
+            "tok_embd": hook.tok_embd,
+            "output": hook.output,
+            "device_index": device.index,
+        }
+        require_room(
+            spec, self.draft_window, self.feature_dtype, device, lambda w: draft_bytes(spec, window=w, **where)
+        )
+        # A block is a batch.
+        self.draft = Draft(spec, window=self.draft_window, n_threads=self.n_threads_batch, **where)
+        self._stack.callback(self.draft.close)
         self.mirror = self._stack.enter_context(
             FeatureMirror(
                 taps=len(spec.taps),
                 n_embd=spec.n_embd_target,
-                cap=mirror_cap(self.draft_window, spec),
+                cap=mirror_cap(spec, self.draft_window),
                 dtype=self.feature_dtype,
                 device=device.name,
                 n_threads=self.n_threads_batch,
                 draft=fingerprint(self.draft_path),
             )
         )
-        self.draft = Draft(
-            spec,
-            n_vocab=self.n_vocab(),
-            tok_embd=hook.tok_embd,
-            output=hook.output,
-            device_index=device.index,
-            window=self.draft_window,
-            n_threads=self.n_threads_batch,  # a block is a batch
-        )
-        self._stack.callback(self.draft.close)
         in_use[id(self)] = [self.draft._handle]
         self._stack.callback(in_use.pop, id(self))
         self._stack.enter_context(capture(self, self.mirror, spec.taps))
@@ -248,6 +246,11 @@ class DFlashLlama(Llama):
             raise
         if tokens:
             self._rollback.evaluated(self.n_tokens - (len(tokens) - 1) % self.n_batch - 1)
+
+    def close(self) -> None:
+        """Free the target, the draft and the mirror."""
+        if hasattr(self, "_stack"):  # what does not fit together is known before there is anything to free
+            super().close()
 
     def reset(self) -> None:
         """Forget the sequence, its rows included."""

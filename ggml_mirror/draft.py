@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ._native import check, ffi, lib
-from .errors import ClosedError, DraftMismatchError, ModelFileError, UnsupportedDraftError
+from .byte_size import format_bytes
+from .errors import ClosedError, DraftMismatchError, MirrorMemoryError, ModelFileError, UnsupportedDraftError
 from .gguf_file import GgufFile
 from .mirror import FeatureMirror, _int32
 from .model_info import ModelInfo, default_taps
@@ -229,7 +230,8 @@ class Draft:
         n_threads: for host devices; 0 takes all cores.
 
     Raises:
-        MirrorMemoryError, DeviceError, UnsupportedError, ArgumentError: as for a mirror.
+        MirrorMemoryError: it does not fit; names the bytes needed and free, and what would help.
+        DeviceError, UnsupportedError, ArgumentError: as for a mirror.
     """
 
     def __init__(
@@ -245,11 +247,20 @@ class Draft:
     ) -> None:
         self.spec, self.n_vocab, self.window = spec, n_vocab, window
         self._handle: Any = None
-        params = draft_params(spec, n_vocab=n_vocab, device_index=device_index, window=window, n_threads=n_threads)
-        params.struct.tok_embd = ffi.cast("struct ggml_tensor *", tok_embd)
-        params.struct.output = ffi.cast("struct ggml_tensor *", output)
+        params = draft_params(
+            spec,
+            n_vocab=n_vocab,
+            device_index=device_index,
+            window=window,
+            tok_embd=tok_embd,
+            output=output,
+            n_threads=n_threads,
+        )
         out = ffi.new("gm_draft **")
-        check(lib.gm_draft_new(params.struct, out))
+        try:
+            check(lib.gm_draft_new(params.struct, out))
+        except MirrorMemoryError as error:
+            raise _with_advice(error, params.struct) from None
         self._handle = ffi.gc(out[0], lib.gm_draft_free)
         self._tokens = ffi.new("int32_t[]", spec.block_size)
         self._context = ffi.new("int64_t *")
@@ -302,7 +313,16 @@ class _Params:
     path: Any  # owns the C string that the struct points to
 
 
-def draft_params(spec: DraftSpec, *, n_vocab: int, device_index: int, window: int, n_threads: int = 0) -> _Params:
+def draft_params(
+    spec: DraftSpec,
+    *,
+    n_vocab: int,
+    device_index: int,
+    window: int,
+    tok_embd: int = 0,
+    output: int = 0,
+    n_threads: int = 0,
+) -> _Params:
     p = ffi.new("gm_draft_params *")
     path = ffi.new("char[]", os.fsencode(spec.path))
     p.path, p.device, p.n_threads = path, device_index, n_threads
@@ -325,12 +345,45 @@ def draft_params(spec: DraftSpec, *, n_vocab: int, device_index: int, window: in
     p.gelu, p.causal = spec.gelu, spec.causal
     p.swa_layers = sum(1 << il for il in spec.swa_layers)
     p.window = window
+    p.tok_embd, p.output = (ffi.cast("struct ggml_tensor *", t) for t in (tok_embd, output))
     return _Params(p, path)
 
 
-def draft_bytes(spec: DraftSpec, *, n_vocab: int, device_index: int, window: int) -> DraftBytes:
-    """The device bytes that a :class:`Draft` would allocate, without allocating."""
+def draft_bytes(
+    spec: DraftSpec, *, n_vocab: int, device_index: int, window: int, tok_embd: int = 0, output: int = 0
+) -> DraftBytes:
+    """The device bytes that a :class:`Draft` would allocate, without allocating.
+
+    Args:
+        tok_embd, output: as for the draft; 0: taken to lie on its device.
+    """
+    params = draft_params(
+        spec, n_vocab=n_vocab, device_index=device_index, window=window, tok_embd=tok_embd, output=output
+    )  # it owns the path
+    return _size_of(params.struct)
+
+
+def _size_of(params: Any) -> DraftBytes:
     b = ffi.new("gm_draft_bytes *")
-    params = draft_params(spec, n_vocab=n_vocab, device_index=device_index, window=window)  # it owns the path
-    check(lib.gm_draft_size_of(params.struct, b))
+    check(lib.gm_draft_size_of(params, b))
     return DraftBytes(b.weights, b.kv, b.compute)
+
+
+def _with_advice(error: MirrorMemoryError, params: Any) -> MirrorMemoryError:
+    """The same error with what would help."""
+    from .draft_memory import largest, room_elsewhere
+
+    needed, free, asked = error.bytes_needed, error.bytes_free, params.window
+
+    def fits(window: int) -> bool:
+        params.window = window
+        return _size_of(params).total <= free
+
+    if needed <= free:
+        window, advice = 0, ["try a smaller window"]  # refused all the same, for what may be any reason
+    else:
+        window = largest(asked - 1, fits)
+        advice = [f"a window of {window} fits" if window else "no window is small enough"]
+    advice += room_elsewhere(params.device, needed)
+    message = f"{error} (needed {format_bytes(needed)}, free {format_bytes(free)}); {'; '.join(advice)}"
+    return MirrorMemoryError(message, bytes_needed=needed, bytes_free=free, max_window=window)

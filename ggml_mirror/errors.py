@@ -28,13 +28,14 @@ class UnsupportedError(GgmlMirrorError):
 
 
 class MirrorMemoryError(GgmlMirrorError, MemoryError):
-    """The mirror does not fit.
+    """The mirror, or the draft that reads it, does not fit.
 
     Attributes:
         bytes_needed: bytes that the request would allocate.
         bytes_free: bytes that the device had free.
         max_cap: largest ``cap`` that fits at the requested dtype (0: none).
         fitting_dtypes: dtypes in which the requested ``cap`` fits, most precise first.
+        max_window: of a draft, the largest window that fits (0: none).
     """
 
     def __init__(
@@ -45,12 +46,14 @@ class MirrorMemoryError(GgmlMirrorError, MemoryError):
         bytes_free: int = 0,
         max_cap: int = 0,
         fitting_dtypes: tuple[str, ...] = (),
+        max_window: int = 0,
     ) -> None:
         super().__init__(message)
         self.bytes_needed = bytes_needed
         self.bytes_free = bytes_free
         self.max_cap = max_cap
         self.fitting_dtypes = fitting_dtypes
+        self.max_window = max_window
 
 
 class BudgetError(MirrorMemoryError):

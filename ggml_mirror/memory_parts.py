@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .device import Device, devices, find_device, host_memory
-from .dflash import mirror_cap
 from .draft import DraftBytes, DraftSpec, draft_bytes
+from .draft_memory import mirror_cap
 from .dtype import FeatureDtype
 from .mirror import mirror_size
 from .target_memory import BufferBytes, TargetMemory
@@ -113,7 +113,7 @@ class PairCosts:
             Part("draft_compute", "draft compute", here, draft.compute),
         ]
         if dtype is not None:
-            cap = mirror_cap(window, self.spec)
+            cap = mirror_cap(self.spec, window)
             size = mirror_size(len(self.spec.taps), self.spec.n_embd_target, cap, dtype, self.device.index)
             parts += [
                 Part("mirror", "mirror", here, size.ring, f"{dtype}, {cap:,} rows x {size.row:,} B"),

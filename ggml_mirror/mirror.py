@@ -169,6 +169,10 @@ class FeatureMirror:
         """The same error with what would fit instead, by the allocator's own arithmetic."""
         from .plan import fitting_dtypes, format_bytes, largest_cap
 
+        sizes = f"needed {format_bytes(error.bytes_needed)}, free {format_bytes(error.bytes_free)}"
+        if error.bytes_needed <= error.bytes_free:  # refused all the same, for what may be any reason
+            message = f"{error} ({sizes}); try a smaller cap, another dtype or another device"
+            return MirrorMemoryError(message, bytes_needed=error.bytes_needed, bytes_free=error.bytes_free)
         fitting: tuple[FeatureDtype, ...] = ()
         if self.cap <= MAX_CAP:
             fitting = fitting_dtypes(self.taps, self.n_embd, self.cap, error.bytes_free, self.device, ggml_ops=ggml_ops)
@@ -176,7 +180,7 @@ class FeatureMirror:
         advice = [f"{self.dtype} fits with cap {cap}" if cap else f"not one row of {self.dtype} fits"]
         if fitting:
             advice.append(f"cap {self.cap} fits as {', '.join(fitting)}")
-        message = f"{error} (needed {format_bytes(error.bytes_needed)}, free {format_bytes(error.bytes_free)}); {'; '.join(advice)}"
+        message = f"{error} ({sizes}); {'; '.join(advice)}"
         return MirrorMemoryError(
             message, bytes_needed=error.bytes_needed, bytes_free=error.bytes_free, max_cap=cap, fitting_dtypes=fitting
         )

@@ -65,7 +65,7 @@ void set(ggml_tensor * t, const void * data) {
     ggml_backend_tensor_set(t, data, 0, ggml_nbytes(t));
 }
 
-template <class Body> void for_tensors(const ggml_context_ptr & ctx, Body && body) {
+template <class Body> void for_tensors(const gm::Context & ctx, Body && body) {
     for (ggml_tensor * t = ggml_get_first_tensor(ctx.get()); t; t = ggml_get_next_tensor(ctx.get(), t)) body(t);
 }
 
@@ -83,7 +83,7 @@ gm_draft::gm_draft(const gm_draft_params & params, Only) : params_(checked(param
 gm_draft_bytes gm_draft::size_of(const gm_draft_params & params) {
     gm_draft draft(params, Only::sizes);
     // Matrices of a target that is not there are as good as any on the draft's device: only their results take scratch.
-    draft.stand_in_ctx_.reset(ggml_init({ 2 * ggml_tensor_overhead(), nullptr, true }));
+    draft.stand_in_ctx_ = gm::Context(2 * ggml_tensor_overhead());
     const auto stand_in = [&] { return ggml_new_tensor_2d(draft.stand_in_ctx_.get(), GGML_TYPE_F16, params.n_embd, params.n_vocab); };
     if (!draft.tok_embd_) draft.tok_embd_ = stand_in();
     if (!draft.output_) draft.output_ = stand_in();
@@ -121,7 +121,7 @@ void gm_draft::lay_out() {
     }
     if (output_ == params_.output && device_of(output_) != main_.device) head_.device = device_of(output_);
 
-    kv_ctx_.reset(ggml_init({ size_t(2 * params_.n_layer + 1) * ggml_tensor_overhead(), nullptr, true }));
+    kv_ctx_ = gm::Context(size_t(2 * params_.n_layer + 1) * ggml_tensor_overhead());
     for (int32_t il = 0; il < params_.n_layer; ++il) {
         const int64_t width = int64_t(params_.n_head_kv) * params_.head_dim;
         kv_.push_back({ ggml_new_tensor_2d(kv_ctx_.get(), GGML_TYPE_F16, width, kv_slots_), ggml_new_tensor_2d(kv_ctx_.get(), GGML_TYPE_F16, width, kv_slots_) });
@@ -133,7 +133,7 @@ void gm_draft::lay_out() {
     // Scratch is measured around tensors that have their memory: for that it is enough that they seem to.
     const auto seem = [&](void * data) {
         for (const auto * ctx : { &weights_.ctx, &kv_ctx_, &stand_in_ctx_ }) {
-            if (*ctx) for_tensors(*ctx, [&](ggml_tensor * t) { t->data = data; });
+            if (ctx->get()) for_tensors(*ctx, [&](ggml_tensor * t) { t->data = data; });
         }
     };
     const auto scratch = [](const Graph & g, ggml_backend_dev_t device) {

@@ -24,7 +24,7 @@ struct gm_draft {
 
   private:
     struct Graph {
-        ggml_context_ptr ctx;
+        gm::Context      ctx;
         ggml_cgraph *    graph = nullptr;
         uint64_t         id = 0;
         std::vector<ggml_tensor *> own, views; // that a Place gives memory, and that lie in other tensors
@@ -92,12 +92,12 @@ struct gm_draft {
     Place                 main_;
     Place                 head_;          // where the output matrix lies, if not on the draft's device
     gm::DraftWeights      weights_;
-    ggml_context_ptr      stand_in_ctx_;  // for a target's matrices where only sizes are asked for
+    gm::Context           stand_in_ctx_;  // for a target's matrices where only sizes are asked for
     ggml_tensor *         tok_embd_ = nullptr;
     ggml_tensor *         output_ = nullptr;
     bool                  embedding_here_ = true;  // on the draft's device; else in host memory
 
-    ggml_context_ptr        kv_ctx_;
+    gm::Context             kv_ctx_;
     ggml_backend_buffer_ptr kv_buffer_;
     std::vector<Keys>       kv_;
     int64_t                 kv_slots_;

@@ -45,8 +45,7 @@ ggml_tensor * gm_draft::value(ggml_context * ctx, const gm::DraftLayer & l, ggml
 
 gm_draft::Graph gm_draft::empty_graph(size_t nodes) {
     Graph g;
-    g.ctx.reset(ggml_init({ 2 * nodes * ggml_tensor_overhead() + ggml_graph_overhead_custom(nodes, false), nullptr, true }));
-    if (!g.ctx) throw error(GM_ERR_MEMORY, "out of host memory for a graph");
+    g.ctx   = gm::Context(2 * nodes * ggml_tensor_overhead() + ggml_graph_overhead_custom(nodes, false));
     g.graph = ggml_new_graph_custom(g.ctx.get(), nodes, false);
     g.id    = ++graphs_made_;
     return g;

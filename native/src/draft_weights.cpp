@@ -74,7 +74,7 @@ namespace {
 // Collects the tensors that a draft has, as empty tensors of a new context beside their place in the file.
 class Layout {
   public:
-    explicit Layout(const DraftFile & file) : file_(file), ctx(ggml_init({ 2048 * ggml_tensor_overhead(), nullptr, true })) {}
+    explicit Layout(const DraftFile & file) : file_(file), ctx(size_t(16 + 32 * file.p.n_layer) * ggml_tensor_overhead()) {}
 
     ggml_tensor * optional(std::initializer_list<std::string> names, int64_t ne0, int64_t ne1 = 1) {
         const ggml_tensor * found = file_.find(names);
@@ -105,7 +105,7 @@ class Layout {
     const DraftFile & file_;
 
   public:
-    ggml_context_ptr ctx;
+    Context ctx;
 };
 
 DraftWeights lay_out_tensors(const DraftFile & file, Layout & layout) {

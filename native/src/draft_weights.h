@@ -1,6 +1,7 @@
 // The weights of a DFlash draft: read from its GGUF, under the names of either family, onto a device.
 #pragma once
 
+#include "context.h"
 #include "device.h"
 #include "ggml-cpp.h"
 
@@ -19,7 +20,7 @@ struct DraftLayer {
 };
 
 struct DraftWeights {
-    ggml_context_ptr        ctx;
+    Context                 ctx;
     ggml_backend_buffer_ptr buffer;
     ggml_tensor *           fc;           // [n_taps * n_embd_target, n_embd]
     ggml_tensor *           hidden_norm;  // [n_embd]

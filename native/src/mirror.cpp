@@ -7,6 +7,7 @@
 #include <atomic>
 #include <cmath>
 #include <cstring>
+#include <new>
 
 using gm::error;
 using gm::Stopwatch;
@@ -59,7 +60,11 @@ gm_mirror::gm_mirror(const gm_mirror_params & params)
                      (unsigned long long) free, why).bytes(need, free);
     };
     if (need > free) throw too_big("");
-    slots_ = gm::Ring(params_.cap, params_.taps);
+    try {
+        slots_ = gm::Ring(params_.cap, params_.taps);
+    } catch (const std::bad_alloc &) {
+        throw too_big(", but host memory for its slots was refused");
+    }
 
     const auto buft = ggml_backend_dev_buffer_type(device_);
     ctx_.reset(ggml_init({ ggml_tensor_overhead(), nullptr, true }));

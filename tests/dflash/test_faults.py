@@ -23,6 +23,9 @@ from ggml_mirror.errors import (
 
 from .pair import N_EMBD, TAPS, Pair, take, tokens_of
 
+# An object that could not be made is finalized without a complaint.
+pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+
 
 @pytest.fixture
 def no_target(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,74 @@
+"""Whether a draft and the mirror that it reads fit into a device's memory together, known before either takes any; and what would."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from .byte_size import format_bytes
+from .device import Device, devices
+from .draft import DraftBytes, DraftSpec
+from .dtype import FeatureDtype
+from .errors import MirrorMemoryError
+from .mirror import mirror_size
+from .plan import device_bytes, fitting_dtypes
+
+
+def mirror_cap(spec: DraftSpec, window: int) -> int:
+    """Slots of a mirror for a window: an unverified block must not displace rows of it."""
+    return window + spec.block_size
+
+
+def require_room(
+    spec: DraftSpec, window: int, dtype: FeatureDtype, device: Device, draft_bytes: Callable[[int], DraftBytes]
+) -> None:
+    """Nothing, if the draft with this window and its mirror fit into what the device has free.
+
+    Args:
+        draft_bytes: what the draft takes, by window.
+
+    Raises:
+        MirrorMemoryError: names the bytes of both and the free ones; which dtypes and which window would fit, and other devices.
+    """
+    taps, n_embd = len(spec.taps), spec.n_embd_target
+
+    def both(window: int) -> tuple[int, int]:
+        size = mirror_size(taps, n_embd, mirror_cap(spec, window), dtype, device.index)
+        return draft_bytes(window).total, device_bytes(size, device)
+
+    draft, mirror = both(window)
+    needed, free = draft + mirror, device.memory_free
+    if needed <= free:
+        return
+    cap, fits = mirror_cap(spec, window), largest(window - 1, lambda w: sum(both(w)) <= free)
+    dtypes = fitting_dtypes(taps, n_embd, cap, free - draft, device)
+    advice = [f"draft_window {fits} fits" if fits else f"no draft_window fits as {dtype}"]
+    if dtypes:
+        advice.append(f"this one fits as {', '.join(dtypes)}")
+    advice += room_elsewhere(device.index, needed)
+    raise MirrorMemoryError(
+        f"a draft with window {window} ({draft} bytes) and its mirror of {cap} rows of {dtype} ({mirror} bytes) need {needed} bytes on "
+        f"{device.name}, which has {free} free (needed {format_bytes(needed)}, free {format_bytes(free)}); {'; '.join(advice)}",
+        bytes_needed=needed,
+        bytes_free=free,
+        max_cap=mirror_cap(spec, fits) if fits else 0,
+        fitting_dtypes=dtypes,
+        max_window=fits,
+    )
+
+
+def largest(most: int, fits: Callable[[int], bool]) -> int:
+    """The largest number from 1 to ``most`` that fits, where larger ones fit less; 0: none."""
+    low, high = 0, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        if fits(middle):
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def room_elsewhere(index: int, needed: int) -> list[str]:
+    """Advice of other devices than ``index`` that have ``needed`` bytes free; at most one sentence."""
+    others = [d.name for d in devices() if d.index != index and d.memory_free >= needed]
+    return [f"{', '.join(others)} has room for it"] if others else []
