@@ -11,7 +11,7 @@ import ctypes
 import operator
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import llama_cpp
@@ -64,6 +64,14 @@ def capture(
             llm.eval(tokens)
             m.read(start=0, count=len(tokens))
     """
+    with attachment(llm, mirror, taps):
+        yield
+
+
+def attachment(
+    llm: Llama, mirror: FeatureMirror | Sequence[FeatureMirror], taps: Sequence[int] | None = None
+) -> AbstractContextManager[None]:
+    """:func:`capture` for a Llama that keeps it itself: what is returned does not refer to the Llama."""
     mirrors: list[Any] = list(mirror) if isinstance(mirror, (list, tuple)) else [mirror]
     layers = _checked_taps(llm, taps)
     _check_mirrors(mirrors, layers)
@@ -76,8 +84,7 @@ def capture(
             m.target = source[0]
         m.target = m.target or source[0]
         m._source = source
-    with hook.attached(layers, mirrors):
-        yield
+    return hook.attached(layers, mirrors)
 
 
 class Hook:
@@ -87,8 +94,8 @@ class Hook:
         out = ffi.new("gm_capture **")
         check(lib.gm_capture_new(out))
         self.handle = ffi.gc(out[0], lib.gm_capture_free)
-        self.context: Any = None
-        self.llm: Any = None  # weak: the hook is kept by the Llama's context
+        self.context_ref: Any = lambda: None  # weak, as is the next: the hook is kept by the Llama's context
+        self.llm: Any = lambda: None
         self.found: dict[int, tuple[int, int]] = {}
         self.evaluated = 0
         self.tok_embd = self.output = 0  # addresses of the model's own tensors; 0: not seen
@@ -102,9 +109,14 @@ class Hook:
         if hook is None:
             hook = cls()
             _remake_context(llm, hook)
-            hook.context, hook.llm = llm._ctx, weakref.ref(llm)
+            hook.context_ref, hook.llm = weakref.ref(llm._ctx), weakref.ref(llm)
             setattr(llm._ctx, _ATTRIBUTE, hook)
         return hook
+
+    @property
+    def context(self) -> Any:
+        """The LlamaContext; None once it is gone."""
+        return self.context_ref()
 
     def discover(self, ctx: Any, n_layer: int, batch_size: int, vocab_token: int) -> None:
         """Evaluate a scratch token or two and see which block outputs the graph has. ``ctx`` is new and stays empty."""
@@ -187,8 +199,9 @@ class Hook:
         try:
             yield
         finally:
-            for name in followed:
-                del vars(self.context)[name]
+            context = self.context
+            for name in followed if context is not None else ():
+                del vars(context)[name]
             self.mirrors = []
             self.busy = False
             check(lib.gm_capture_detach(self.handle))

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from llama_cpp import Llama, LlamaState
 
-from .capture import SEQUENCE, Hook, capture, in_use, put_state, take_state
+from .capture import SEQUENCE, Hook, attachment, in_use, put_state, take_state
 from .device import find_device
 from .draft import Draft, DraftSpec, draft_bytes
 from .draft_memory import mirror_cap, require_room
@@ -177,7 +177,7 @@ class DFlashLlama(Llama):
         )
         in_use[id(self)] = [self.draft._handle]
         self._stack.callback(in_use.pop, id(self))
-        self._stack.enter_context(capture(self, self.mirror, spec.taps))
+        self._stack.enter_context(attachment(self, self.mirror, spec.taps))
         self._rollback = Rollback(self, self.n_draft)
         self.stats = DraftStats()
 

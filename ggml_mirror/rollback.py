@@ -43,7 +43,7 @@ class Rollback:
     """
 
     def __init__(self, llm: Llama, n_draft: int) -> None:
-        self._llm = llm
+        self._context = llm._ctx  # not the Llama, which keeps this object
         self._saved: Any = None
         self._earliest = 0  # position to which snapshots reach back
         self._window = llama_cpp.llama_model_n_swa(llm.model) if _slides(llm) else 0
@@ -67,7 +67,7 @@ class Rollback:
 
     def drop(self, position: int) -> bool:
         """Drop positions >= ``position``, if the state there can still be had; else nothing was changed."""
-        context = self._llm._ctx
+        context = self._context
         if self._window:
             # llama.cpp cuts a sliding cache back even if what a token at this position attends to has slid out.
             first = llama_cpp.llama_memory_seq_pos_min(context.memory, SEQUENCE)
@@ -84,7 +84,7 @@ class Rollback:
         """Remember the state as it is, if cutting back will need it."""
         if self.means != "copies":
             return
-        ctx, flags = self._llm.ctx, llama_cpp.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
+        ctx, flags = self._context.ctx, llama_cpp.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
         size = llama_cpp.llama_state_seq_get_size_ext(ctx, SEQUENCE, flags)
         self._saved = (ctypes.c_uint8 * size)()
         if llama_cpp.llama_state_seq_get_data_ext(ctx, self._saved, size, SEQUENCE, flags) != size:
@@ -96,7 +96,7 @@ class Rollback:
         Returns:
             The position from which tokens have to be evaluated again (``position``: none).
         """
-        context = self._llm._ctx
+        context = self._context
         if self.means != "copies":
             if not self.drop(position):
                 raise CaptureError(f"llama.cpp cannot drop positions {position} and later ({self.means})")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import re
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import llama_cpp
@@ -12,8 +14,10 @@ import psutil
 import pytest
 
 import ggml_mirror.dflash as dflash
-from ggml_mirror import find_device
+from ggml_mirror import FeatureMirror, find_device
+from ggml_mirror.capture import Hook, attachment
 from ggml_mirror.errors import (
+    ClosedError,
     DraftMismatchError,
     GgmlMirrorError,
     MirrorMemoryError,
@@ -145,6 +149,102 @@ def test_loading_and_closing_does_not_leak(close: bool, name: str, pair: Pair) -
         gc.collect()  # a model is part of cycles; 100 of them at once would leave the heap in pieces
 
     assert growth(cycle, 100) < 10 * 2**20
+
+
+def nothing(llm: dflash.DFlashLlama) -> None:
+    pass
+
+
+def a_generation(llm: dflash.DFlashLlama) -> None:
+    take(llm, tokens_of(20), 12)
+
+
+def a_chat(llm: dflash.DFlashLlama) -> None:
+    llm.create_chat_completion([{"role": "user", "content": "Hi"}], max_tokens=5)
+
+
+def an_abandoned_stream(llm: dflash.DFlashLlama) -> None:
+    stream = llm("Once upon", max_tokens=30, temperature=0, stream=True)
+    next(stream)
+    next(stream)
+
+
+def a_stream_that_another_call_ended(llm: dflash.DFlashLlama) -> Iterator[int]:
+    old = llm.generate(tokens_of(20), temp=0.0)
+    next(old)
+    take(llm, tokens_of(9), 3)
+    with pytest.raises(ClosedError):
+        next(old)
+    return old
+
+
+def a_stream_that_outlives_it(llm: dflash.DFlashLlama) -> Iterator[int]:
+    generator = llm.generate(tokens_of(20), temp=0.0)
+    next(generator)
+    return generator
+
+
+def a_state(llm: dflash.DFlashLlama) -> object:
+    take(llm, tokens_of(20), 12)
+    state = llm.save_state()
+    llm.load_state(state)
+    return state
+
+
+def a_failure(llm: dflash.DFlashLlama) -> None:
+    with pytest.raises(ZeroDivisionError):
+        take(llm, tokens_of(20), 12, stopping_criteria=lambda ids, scores: 1 // 0)
+
+
+USES = [
+    nothing,
+    a_generation,
+    a_chat,
+    an_abandoned_stream,
+    a_stream_that_another_call_ended,
+    a_stream_that_outlives_it,
+    a_state,
+    a_failure,
+]
+
+
+@pytest.fixture
+def no_collector() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.parametrize("use", USES)
+def test_a_model_is_freed_with_its_last_reference(
+    use: Callable[[dflash.DFlashLlama], object], name: str, pair: Pair, no_collector: None
+) -> None:
+    """As a plain Llama: no cycle leaves its memory to the collector."""
+    llm = pair.dflash(name)
+    left = use(llm)
+    context, model, batch = llm._ctx, llm._model, llm._batch
+    ours = [llm, llm.draft._handle, llm.mirror._handle, Hook.of(llm).handle]
+    gone = [weakref.ref(o) for o in ours]
+    del llm, ours
+    if isinstance(left, Iterator):
+        assert (gone[0]() is None) == (use is not a_stream_that_outlives_it)
+        assert use is not a_stream_that_outlives_it or len(list(itertools.islice(left, 9))) == 9
+        del left  # a stream keeps its model while it waits
+    assert [r() for r in gone[:3]] == [None, None, None]
+    assert (context.ctx, model.model, batch.batch) == (None, None, None)
+    del context
+    assert gone[3]() is None
+
+
+def test_a_model_that_is_freed_while_it_is_captured(pair: Pair, no_collector: None) -> None:
+    llm = llama_cpp.Llama(pair.target("llama"), n_ctx=64, verbose=False)
+    gone = weakref.ref(llm)
+    with FeatureMirror(taps=len(TAPS), n_embd=N_EMBD, cap=64) as mirror, attachment(llm, mirror, TAPS):
+        llm.eval(tokens_of(5))
+        del llm
+        assert gone() is None
+        assert mirror.read(start=0, count=5).any()
 
 
 @pytest.mark.slow
