@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import traceback
 from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
@@ -128,7 +129,7 @@ class Chat:
         self.llm = llm
         self.sampling = sampling or Sampling()
         self.seed = seed if seed >= 0 else secrets.randbits(31)
-        self.messages: list[Message] = [] if system is None else [{"role": SYSTEM, "content": system}]
+        self.messages: list[Message] = [] if system is None else [{"role": SYSTEM, "content": _sendable(system)}]
         self.last: AnswerStats | None = None
         self.total = AnswerStats()
         self.finish = ""
@@ -147,7 +148,7 @@ class Chat:
             ArgumentError: the conversation does not fit into the context, or its template refuses it; it is as it was before.
             BackendError: llama.cpp failed; so it is then.
         """
-        self.messages.append({"role": USER, "content": text})
+        self.messages.append({"role": USER, "content": _sendable(text)})
         said: list[str] = []
         finish = STOPPED
         before, self.last = self.llm.stats, None
@@ -166,7 +167,7 @@ class Chat:
         finally:
             self._conclude("".join(said), finish)
             self.finish = finish
-            if self.llm.stats is not before:  # else it did not come to generating
+            if self.llm.stats is not before and self.llm.stats.tokens:
                 self.last = AnswerStats.of(self.llm.stats)
                 self.total += self.last
 
@@ -200,8 +201,18 @@ class Chat:
             return ArgumentError(
                 f"the conversation no longer fits into the context ({said}); /reset it, or give a larger -c"
             )
-        if type(error).__module__.split(".")[0] == "jinja2":
+        if _came_through(error, "jinja2"):  # a template is a program, which may raise anything
             return ArgumentError(f"the model's chat template refuses this conversation: {said}")
         if type(error) is RuntimeError:
             return BackendError(f"llama.cpp failed: {said}")
         return GgmlMirrorError(f"the answer failed: {type(error).__name__}: {said}")
+
+
+def _sendable(text: str) -> str:
+    # Lone surrogates are how Python hands on bytes that are no UTF-8, from a pipe or a command line; a tokenizer takes none.
+    return text.encode("utf-8", "replace").decode()
+
+
+def _came_through(error: Exception, package: str) -> bool:
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(frame.f_globals.get("__name__", "").split(".")[0] == package for frame in frames)

@@ -20,6 +20,9 @@ from .plain_llama import PlainLlama
 #: Context unless told otherwise, where the model has more.
 DEFAULT_N_CTX = 4096
 
+#: llama.cpp rounds contexts up to this; ``Llama`` does not, and would fail where its own number ends.
+_CELLS = 256
+
 
 def start(
     model: Path,
@@ -48,13 +51,14 @@ def start(
     info = ModelInfo.read(model)
     if info.is_draft:
         raise DraftMismatchError(f"{model} is a DFlash draft: it drafts for a target (-m TARGET -md {model})")
-    llama_kwargs["n_ctx"] = info.n_ctx_train if n_ctx == 0 else n_ctx or min(info.n_ctx_train, DEFAULT_N_CTX)
+    wanted = info.n_ctx_train if n_ctx == 0 else n_ctx or min(info.n_ctx_train, DEFAULT_N_CTX)
+    llama_kwargs["n_ctx"] = -(-wanted // _CELLS) * _CELLS
     if not info.has_chat_template:
         llama_kwargs["chat_format"] = "chatml"  # llama.cpp's choice, too
         err.print(f"[yellow]note:[/] {escape(info.name)} has no chat template; chatml is used", soft_wrap=True)
-    if llama_kwargs["n_ctx"] > info.n_ctx_train:
+    if wanted > info.n_ctx_train:
         err.print(
-            f"[yellow]note:[/] the context of {llama_kwargs['n_ctx']:,} tokens is larger than what the model was trained on, "
+            f"[yellow]note:[/] the context of {wanted:,} tokens is larger than what the model was trained on, "
             f"{info.n_ctx_train:,}",
             soft_wrap=True,
         )

@@ -98,8 +98,7 @@ class ChatTerminal:
             import readline  # noqa: F401 - gives input() a history and keys to edit with
         while True:
             try:
-                # Lone surrogates stand for bytes that are no UTF-8; a tokenizer takes none.
-                yield self._ask().encode("utf-8", "replace").decode()
+                yield self._ask()
             except EOFError:
                 self.err.print()
                 return

@@ -17,7 +17,8 @@ import llama_cpp
 from llama_cpp import Llama
 
 from ._native import check, ffi, lib, text
-from .device import Device, devices
+from .byte_size import format_bytes
+from .device import Device, devices, host_memory
 from .errors import MirrorMemoryError, ModelFileError, UnsupportedError
 from .llama_log import explained
 from .rollback import Rollback, wants_snapshots
@@ -81,6 +82,7 @@ def measure(model_path: str | os.PathLike[str], *, n_draft: int | None = None, *
         MirrorMemoryError: not even to ask is there memory.
     """
     _function(_BREAKDOWN)
+    _require_tables(llama_kwargs.get("n_ctx", 0))
     mapped = bool(llama_kwargs.get("use_mmap", True)) and not llama_kwargs.get("lora_path")
     dry = {k: v for k, v in llama_kwargs.items() if k not in _NOT_MEASURED}
     path = os.fspath(model_path)
@@ -131,6 +133,10 @@ _NOT_MEASURED = (
 )
 
 
+#: Of llama.cpp's table of cells: position, shift, extent and a bit for each of 256 sequences.
+_CELL_BYTES = 48
+
+
 class _DryLlama(Llama):
     """A ``Llama`` that allocates neither weights nor cache, and cannot evaluate."""
 
@@ -142,6 +148,18 @@ class _DryLlama(Llama):
     def model_params(self, params: Any) -> None:
         params.no_alloc = True
         self._dry_params = params
+
+
+def _require_tables(n_ctx: int) -> None:
+    # Without memory for its cells, llama.cpp still keeps a table of them; asked for enough, it would take the machine down.
+    table, free = _CELL_BYTES * n_ctx, host_memory().free
+    if table > free // 2:
+        raise MirrorMemoryError(
+            f"a context of {n_ctx} tokens needs {format_bytes(table)} for llama.cpp's table of cells alone; "
+            f"{format_bytes(free)} are free",
+            bytes_needed=table,
+            bytes_free=free,
+        )
 
 
 def _remake_with_snapshots(llm: Llama, n_draft: int) -> None:
