@@ -21,7 +21,9 @@ import numpy.typing as npt
 from ._native import check, ffi, lib
 from .device import Device, devices
 from .errors import ArgumentError, CaptureError
+from .fuser import Fuser
 from .mirror import FeatureMirror
+from .row_kind import FUSED
 from .token_log import TokenLog
 
 if TYPE_CHECKING:
@@ -29,6 +31,9 @@ if TYPE_CHECKING:
 
 #: llama_cpp.Llama evaluates one sequence, this one.
 SEQUENCE = 0
+
+#: What takes captured rows.
+Sink = FeatureMirror | Fuser
 
 _ATTRIBUTE = "_ggml_mirror_capture"
 
@@ -38,9 +43,7 @@ in_use: dict[int, Sequence[Any]] = {}
 
 
 @contextmanager
-def capture(
-    llm: Llama, mirror: FeatureMirror | Sequence[FeatureMirror], taps: Sequence[int] | None = None
-) -> Iterator[None]:
+def capture(llm: Llama, mirror: Sink | Sequence[Sink], taps: Sequence[int] | None = None) -> Iterator[None]:
     """Send the outputs of blocks ``taps`` to ``mirror`` (or to each of several) whenever ``llm`` evaluates tokens.
 
     Each evaluation first forgets rows at and after its first position, so that the mirror follows the sequence through resets
@@ -49,7 +52,8 @@ def capture(
     Args:
         llm: a ``llama_cpp.Llama``. The first capture remakes its native context (``llm.ctx`` changes; its state is kept, its last
             logits are not: evaluate a token before sampling).
-        mirror: mirrors of ``len(taps)`` taps and the model's ``n_embd``. They may lie on any device.
+        mirror: mirrors of ``len(taps)`` taps and the model's ``n_embd``, on any device; a mirror of fused rows is filled through a
+            :class:`~ggml_mirror.fuser.Fuser`.
         taps: 0-based blocks whose outputs are taken; None takes the DFlash default for the model's depth.
 
     Raises:
@@ -78,9 +82,10 @@ def attachment(
     hook = Hook.of(llm)
     hook.require(layers, mirrors[0].n_embd)
     source = (_fingerprint(llm), tuple(layers))
-    for m in mirrors:
+    for sink in mirrors:
+        m = _ring(sink)
         if m._source not in (None, source):
-            m.clear()  # rows of another model, or of other blocks
+            sink.clear()  # rows of another model, or of other blocks
             m.target = source[0]
         m.target = m.target or source[0]
         m._source = source
@@ -100,7 +105,7 @@ class Hook:
         self.evaluated = 0
         self.tok_embd = self.output = 0  # addresses of the model's own tensors; 0: not seen
         self.busy = False
-        self.mirrors: list[FeatureMirror] = []
+        self.sinks: list[Sink] = []
 
     @classmethod
     def of(cls, llm: Llama) -> Hook:
@@ -175,26 +180,34 @@ class Hook:
                 )
 
     @contextmanager
-    def attached(self, layers: Sequence[int], mirrors: Sequence[FeatureMirror]) -> Iterator[None]:
+    def attached(self, layers: Sequence[int], sinks: Sequence[Sink]) -> Iterator[None]:
         if self.busy:
             raise CaptureError(
                 "this model is already being captured; leave that capture first, or give it several mirrors"
             )
-        handles = [m._open() for m in mirrors]  # also keeps the rings alive while they are attached
+        # The handles also keep what they are of alive while it is attached.
+        mirrors = [s._open() for s in sinks if isinstance(s, FeatureMirror)]
+        fusers = [s._open() for s in sinks if isinstance(s, Fuser)]
         check(
             lib.gm_capture_attach(
-                self.handle, len(layers), ffi.new("int32_t[]", layers), len(handles), ffi.new("gm_mirror *[]", handles)
+                self.handle,
+                len(layers),
+                ffi.new("int32_t[]", layers),
+                len(mirrors),
+                ffi.new("gm_mirror *[]", mirrors),
+                len(fusers),
+                ffi.new("gm_fuser *[]", fusers),
             )
         )
         self.busy = True
-        in_use[id(self)] = [self.handle, *handles]
+        in_use[id(self)] = [self.handle, *mirrors, *fusers]
         followed = {
             "decode": self._decode,
             "kv_cache_clear": self._clear,
             "kv_cache_seq_rm": self._remove,
             "kv_cache_seq_shift": self._shift,
         }
-        self.mirrors = list(mirrors)
+        self.sinks = list(sinks)
         vars(self.context).update(followed)
         try:
             yield
@@ -202,7 +215,7 @@ class Hook:
             context = self.context
             for name in followed if context is not None else ():
                 del vars(context)[name]
-            self.mirrors = []
+            self.sinks = []
             self.busy = False
             check(lib.gm_capture_detach(self.handle))
             del in_use[id(self)]
@@ -232,22 +245,24 @@ class Hook:
         if llm is None or llm.n_tokens != start:
             return  # evaluated past the Llama: it does not know the tokens
         present: npt.NDArray[np.int32] = llm.input_ids[:start]
-        for mirror in self.mirrors:
+        for sink in self.sinks:
+            mirror = _ring(sink)
             if mirror._tokens is None:
                 mirror._tokens = TokenLog(present)
                 continue
             other = mirror._tokens.first_difference(present)
             if other < start:
-                if not mirror.closed:
-                    mirror.truncate(other)
+                if not sink.closed:
+                    sink.truncate(other)
                 mirror._tokens.put(other, present[other:])
 
     def _note(self, span: tuple[int, int], batch: Any) -> None:
         start, count = span
         tokens = batch.batch.token[:count]
-        for mirror in self.mirrors:
-            if mirror._tokens is not None:
-                mirror._tokens.put(start, tokens)
+        for sink in self.sinks:
+            known = _ring(sink)._tokens
+            if known is not None:
+                known.put(start, tokens)
 
     # The mirrors follow what is done to the captured sequence's cells, too.
 
@@ -268,9 +283,9 @@ class Hook:
             self._truncate(min(p0, p0 + shift))
 
     def _truncate(self, position: int) -> None:
-        for mirror in self.mirrors:
-            if not mirror.closed:
-                mirror.truncate(max(position, 0))
+        for sink in self.sinks:
+            if not sink.closed:
+                sink.truncate(max(position, 0))
 
 
 def _positions(batch: Any) -> tuple[int, int] | None:
@@ -312,12 +327,18 @@ def _checked_taps(llm: Llama, taps: Sequence[int] | None) -> list[int]:
     return layers
 
 
-def _check_mirrors(mirrors: Sequence[FeatureMirror], layers: Sequence[int]) -> None:
+def _ring(sink: Sink) -> FeatureMirror:
+    return sink.mirror if isinstance(sink, Fuser) else sink
+
+
+def _check_mirrors(mirrors: Sequence[Any], layers: Sequence[int]) -> None:
     if not mirrors:
         raise ArgumentError("capture needs a mirror")
     for m in mirrors:
-        if not isinstance(m, FeatureMirror):
+        if not isinstance(m, (FeatureMirror, Fuser)):
             raise ArgumentError(f"capture writes to FeatureMirrors, not to {type(m).__name__}")
+        if isinstance(m, FeatureMirror) and m.rows == FUSED:
+            raise ArgumentError("a mirror of fused rows is filled through a Fuser, which knows the draft")
         m._open()
         if m.taps != len(layers):
             raise ArgumentError(f"the mirror has {m.taps} taps, capture was given {len(layers)}")

@@ -8,20 +8,23 @@ import time
 from collections.abc import Generator, Sequence
 from typing import Any
 
+import llama_cpp
 import numpy as np
 from llama_cpp import Llama, LlamaState
 
 from .capture import SEQUENCE, Hook, attachment, in_use, put_state, take_state
 from .device import find_device
 from .draft import Draft, DraftSpec, draft_bytes
-from .draft_memory import mirror_cap, require_room
+from .draft_memory import mirror_cap, require_room, row_shape, staging_cap
 from .draft_stats import DraftStats
 from .dtype import AUTO, FeatureDtype
 from .errors import ArgumentError, ClosedError, SnapshotMismatchError
 from .fingerprint import fingerprint
+from .fuser import Fuser
 from .mirror import FeatureMirror
 from .model_info import ModelInfo
 from .rollback import Rollback, wants_snapshots
+from .row_kind import FUSED, RAW, parse_rows
 from .snapshot import Snapshot
 
 #: Context rows that the draft attends to unless told otherwise.
@@ -71,6 +74,9 @@ class DFlashLlama(Llama):
         draft_device: device of draft and mirror: a ggml device name, or "auto": where the target's output matrix lies.
         n_draft: tokens to draft per step, at most ``block_size - 1`` (the default).
         memory_margin: for "auto": bytes, or text such as "512MiB", to leave free on the mirror's device.
+        feature_rows: what the mirror holds: "raw", the tapped outputs, or "fused", what the draft makes of them first. Fused rows are
+            as wide as the draft (raw ones ``n_taps`` times the target) and bear fewer bits.
+        draft_kv: type of the draft's keys and values of the window, "f16" or "q8_0"; "off" computes them anew at each step.
         llama_kwargs: as for ``llama_cpp.Llama``, but for ``draft_model`` and ``embedding``; ``flash_attn`` is on unless given.
 
     Raises:
@@ -86,6 +92,9 @@ class DFlashLlama(Llama):
     #: The call of ``generate`` that may have speculated beyond the committed tokens.
     _decoder: _Decoder | None = None
 
+    #: Between capture and a mirror of fused rows.
+    _fuser: Fuser | None = None
+
     def __init__(
         self,
         model_path: str,
@@ -96,6 +105,8 @@ class DFlashLlama(Llama):
         draft_device: str = "auto",
         n_draft: int | None = None,
         memory_margin: int | str | None = None,
+        feature_rows: str = RAW,
+        draft_kv: str = "f16",
         **llama_kwargs: Any,
     ) -> None:
         self._stack = contextlib.ExitStack()  # Llama closes it, also if what follows raises before it has made its own
@@ -103,10 +114,13 @@ class DFlashLlama(Llama):
             if llama_kwargs.get(name):
                 raise ArgumentError(f"{name} cannot be given together with draft_path")
         self.draft_path = str(draft_path)
+        self.feature_rows = parse_rows(feature_rows)
         self._drafting: dict[str, Any] = {
             "draft_window": draft_window,
             "draft_device": draft_device,
             "n_draft": n_draft,
+            "feature_rows": feature_rows,
+            "draft_kv": draft_kv,
         }
         target = ModelInfo.read(model_path)
         self.draft_spec = DraftSpec.read(draft_path, target)
@@ -119,7 +133,7 @@ class DFlashLlama(Llama):
         llama_kwargs = {**LLAMA_DEFAULTS, **llama_kwargs}
         super().__init__(model_path, **llama_kwargs)
         try:
-            self._start_drafting(draft_window, draft_device)
+            self._start_drafting(draft_window, draft_device, draft_kv)
         except BaseException:
             self.close()
             raise
@@ -141,7 +155,7 @@ class DFlashLlama(Llama):
         assert budget.dtype is not None
         return budget.dtype
 
-    def _start_drafting(self, draft_window: int | None, draft_device: str) -> None:
+    def _start_drafting(self, draft_window: int | None, draft_device: str, draft_kv: str) -> None:
         if self.n_batch < self.n_draft + 1:
             raise ArgumentError(
                 f"n_batch is {self.n_batch}; verifying {self.n_draft} drafted tokens needs {self.n_draft + 1}"
@@ -152,32 +166,42 @@ class DFlashLlama(Llama):
         device = find_device(draft_device) if draft_device != "auto" else hook.output_device()
         self.draft_window = resolve_window(draft_window, self.n_ctx())
         spec = self.draft_spec
-        where: dict[str, int] = {
+        rows = self.feature_rows
+        where: dict[str, Any] = {
             "n_vocab": self.n_vocab(),
             "tok_embd": hook.tok_embd,
             "output": hook.output,
             "device_index": device.index,
+            "rows": rows,
+            "kv": draft_kv,
         }
+        staging = staging_cap(llama_cpp.llama_n_ubatch(self.ctx), spec) if rows == FUSED else 0
         require_room(
-            spec, self.draft_window, self.feature_dtype, device, lambda w: draft_bytes(spec, window=w, **where)
+            spec, self.draft_window, self.feature_dtype, device, lambda w: draft_bytes(spec, window=w, **where), rows, staging
         )
         # A block is a batch.
         self.draft = Draft(spec, window=self.draft_window, n_threads=self.n_threads_batch, **where)
         self._stack.callback(self.draft.close)
+        taps, n_embd = row_shape(spec, rows)
         self.mirror = self._stack.enter_context(
             FeatureMirror(
-                taps=len(spec.taps),
-                n_embd=spec.n_embd_target,
+                taps=taps,
+                n_embd=n_embd,
                 cap=mirror_cap(spec, self.draft_window),
                 dtype=self.feature_dtype,
                 device=device.name,
                 n_threads=self.n_threads_batch,
                 draft=fingerprint(self.draft_path),
+                rows=self.feature_rows,
             )
         )
         in_use[id(self)] = [self.draft._handle]
         self._stack.callback(in_use.pop, id(self))
-        self._stack.enter_context(attachment(self, self.mirror, spec.taps))
+        if staging:
+            self._fuser = self._stack.enter_context(
+                Fuser(self.draft, self.mirror, staging=staging, n_threads=self.n_threads_batch)
+            )
+        self._stack.enter_context(attachment(self, self._fuser or self.mirror, spec.taps))
         self._rollback = Rollback(self, self.n_draft)
         self.stats = DraftStats()
 
@@ -261,7 +285,7 @@ class DFlashLlama(Llama):
             self._ctx.kv_cache_seq_rm(
                 SEQUENCE, 0, -1
             )  # a stream may go on from here, and nothing else would remove them
-            self.mirror.clear()
+            (self._fuser or self.mirror).clear()
 
     # ---------------------------------------------------------------------- state
 
@@ -303,6 +327,8 @@ class DFlashLlama(Llama):
             raise RuntimeError("llama.cpp did not take the saved state; the sequence was reset")
         if self._decoder is not None:
             self._decoder.forget()
+        if self._fuser is not None:
+            self._fuser.clear()
         self.mirror.restore(snapshot)
         self._rollback.loaded(state.n_tokens)
         if self._logits_all and len(state.scores):
@@ -332,6 +358,8 @@ class DFlashLlama(Llama):
         """Leave nothing but committed tokens in the context and the mirror."""
         if self._decoder is not None:
             self._decoder.settle()
+        if self._fuser is not None:
+            self._fuser.commit(self.n_tokens)
 
     def _recover(self, position: int) -> None:
         """An evaluation did not come to its end: keep what was committed before it, or nothing where a running state may have moved on."""
@@ -441,6 +469,8 @@ class _Decoder:
         if room < 1:
             return []
         started = time.perf_counter()
+        if llm._fuser is not None:
+            llm._fuser.commit(llm.n_tokens)
         drafted, context = llm.draft.step(llm.mirror, n_past=llm.n_tokens, last_token=tokens[-1], n_tokens=room)
         self.stats.draft_s += time.perf_counter() - started
         return drafted if context else []

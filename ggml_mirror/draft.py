@@ -12,10 +12,22 @@ import numpy.typing as npt
 
 from ._native import check, ffi, lib
 from .byte_size import format_bytes
-from .errors import ClosedError, DraftMismatchError, MirrorMemoryError, ModelFileError, UnsupportedDraftError
+from .device import devices
+from .errors import (
+    ArgumentError,
+    ClosedError,
+    DraftMismatchError,
+    MirrorMemoryError,
+    ModelFileError,
+    UnsupportedDraftError,
+)
 from .gguf_file import GgufFile
 from .mirror import FeatureMirror, _int32
 from .model_info import ModelInfo, default_taps
+from .row_kind import FUSED, RAW, parse_rows
+
+#: How a draft keeps the keys and values of its window; "off" computes them at each step, into f16.
+DRAFT_KV = {"f16": "f16", "q8_0": "q8_0", "off": "f16"}
 
 _ROPE_SCALING = ("none", "linear")
 _MAX_LAYERS = 64  # the native layer keeps a bit for each
@@ -214,6 +226,7 @@ class DraftTimes:
     rows_projected: int
     rows_moved: int
     read_ns: int
+    fuse_ns: int
     project_ns: int
     block_ns: int
 
@@ -228,6 +241,8 @@ class Draft:
         device_index: device of the mirrors that it reads.
         window: context rows that the draft attends to, at most.
         n_threads: for host devices; 0 takes all cores.
+        rows: what its mirror holds: "raw" or "fused" rows.
+        kv: type of the window's keys and values, "f16" or "q8_0"; "off": they are made anew at each step.
 
     Raises:
         MirrorMemoryError: it does not fit; names the bytes needed and free, and what would help.
@@ -244,8 +259,11 @@ class Draft:
         device_index: int,
         window: int,
         n_threads: int = 0,
+        rows: str = RAW,
+        kv: str = "f16",
     ) -> None:
-        self.spec, self.n_vocab, self.window = spec, n_vocab, window
+        self.spec, self.n_vocab, self.window, self.rows, self.kv = spec, n_vocab, window, parse_rows(rows), kv
+        self.device = devices()[device_index]
         self._handle: Any = None
         params = draft_params(
             spec,
@@ -255,6 +273,8 @@ class Draft:
             tok_embd=tok_embd,
             output=output,
             n_threads=n_threads,
+            rows=rows,
+            kv=kv,
         )
         out = ffi.new("gm_draft **")
         try:
@@ -278,6 +298,15 @@ class Draft:
         self._last_rows = n_tokens + 1
         return list(self._tokens[0:n_tokens]), int(self._context[0])
 
+    def fuse(self, raw: FeatureMirror, fused: FeatureMirror, *, start: int, count: int) -> None:
+        """Fused rows of positions ``start..start + count - 1`` of ``raw`` into ``fused``, on the draft's device.
+
+        Raises:
+            StaleRowError: names the first position that ``raw`` does not hold whole.
+            ShapeError, ArgumentError: rows of another kind than this draft's.
+        """
+        check(lib.gm_draft_fuse(self._open(), raw._open(), start, count, fused._open()))
+
     def logits(self) -> npt.NDArray[np.float32]:
         """Logits of the last step, float32 ``[n_tokens + 1, n_vocab]``; row 0 is the last committed token's, row i predicts token i."""
         out = np.empty((self._last_rows, self.n_vocab), np.float32)
@@ -293,7 +322,7 @@ class Draft:
     def times(self) -> DraftTimes:
         t = ffi.new("gm_draft_times *")
         check(lib.gm_draft_get_times(self._open(), t))
-        return DraftTimes(t.steps, t.rows_projected, t.rows_moved, t.read_ns, t.project_ns, t.block_ns)
+        return DraftTimes(t.steps, t.rows_projected, t.rows_moved, t.read_ns, t.fuse_ns, t.project_ns, t.block_ns)
 
     def reset_times(self) -> None:
         check(lib.gm_draft_reset_times(self._open()))
@@ -322,7 +351,11 @@ def draft_params(
     tok_embd: int = 0,
     output: int = 0,
     n_threads: int = 0,
+    rows: str = RAW,
+    kv: str = "f16",
 ) -> _Params:
+    if kv not in DRAFT_KV:
+        raise ArgumentError(f"draft_kv is {kv!r}; use one of {', '.join(DRAFT_KV)}")
     p = ffi.new("gm_draft_params *")
     path = ffi.new("char[]", os.fsencode(spec.path))
     p.path, p.device, p.n_threads = path, device_index, n_threads
@@ -346,20 +379,37 @@ def draft_params(
     p.swa_layers = sum(1 << il for il in spec.swa_layers)
     p.window = window
     p.tok_embd, p.output = (ffi.cast("struct ggml_tensor *", t) for t in (tok_embd, output))
+    p.fused_rows = parse_rows(rows) == FUSED
+    p.kv_type, p.keep_kv = lib.gm_type_from_name(DRAFT_KV[kv].encode()), kv != "off"
     return _Params(p, path)
 
 
 def draft_bytes(
-    spec: DraftSpec, *, n_vocab: int, device_index: int, window: int, tok_embd: int = 0, output: int = 0
+    spec: DraftSpec,
+    *,
+    n_vocab: int,
+    device_index: int,
+    window: int,
+    tok_embd: int = 0,
+    output: int = 0,
+    rows: str = RAW,
+    kv: str = "f16",
 ) -> DraftBytes:
     """The device bytes that a :class:`Draft` would allocate, without allocating.
 
     Args:
         tok_embd, output: as for the draft; 0: taken to lie on its device.
     """
-    params = draft_params(
-        spec, n_vocab=n_vocab, device_index=device_index, window=window, tok_embd=tok_embd, output=output
-    )  # it owns the path
+    params = draft_params(  # it owns the path
+        spec,
+        n_vocab=n_vocab,
+        device_index=device_index,
+        window=window,
+        tok_embd=tok_embd,
+        output=output,
+        rows=rows,
+        kv=kv,
+    )
     return _size_of(params.struct)
 
 

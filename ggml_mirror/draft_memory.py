@@ -11,6 +11,7 @@ from .dtype import FeatureDtype
 from .errors import MirrorMemoryError
 from .mirror import mirror_size
 from .plan import device_bytes, fitting_dtypes
+from .row_kind import FUSED, RAW
 
 
 def mirror_cap(spec: DraftSpec, window: int) -> int:
@@ -18,29 +19,55 @@ def mirror_cap(spec: DraftSpec, window: int) -> int:
     return window + spec.block_size
 
 
+def row_shape(spec: DraftSpec, rows: str) -> tuple[int, int]:
+    """(taps, n_embd) of a mirror of such rows."""
+    return (1, spec.n_embd) if rows == FUSED else (len(spec.taps), spec.n_embd_target)
+
+
+def staging_cap(n_ubatch: int, spec: DraftSpec) -> int:
+    """Slots of the ring in which raw rows wait to be fused: a micro-batch, or a block beside what waits for its outcome."""
+    return max(n_ubatch, 2 * spec.block_size)
+
+
+def staging_bytes(spec: DraftSpec, slots: int, device: Device) -> int:
+    """What that ring takes of the device's memory; 0 slots: there is none."""
+    if not slots:
+        return 0
+    return device_bytes(mirror_size(*row_shape(spec, RAW), slots, FeatureDtype.F32, device.index), device)
+
+
 def require_room(
-    spec: DraftSpec, window: int, dtype: FeatureDtype, device: Device, draft_bytes: Callable[[int], DraftBytes]
+    spec: DraftSpec,
+    window: int,
+    dtype: FeatureDtype,
+    device: Device,
+    draft_bytes: Callable[[int], DraftBytes],
+    rows: str = RAW,
+    staging: int = 0,
 ) -> None:
     """Nothing, if the draft with this window and its mirror fit into what the device has free.
 
     Args:
         draft_bytes: what the draft takes, by window.
+        rows: what the mirror holds.
+        staging: slots for raw rows that wait to be fused.
 
     Raises:
         MirrorMemoryError: names the bytes of both and the free ones; which dtypes and which window would fit, and other devices.
     """
-    taps, n_embd = len(spec.taps), spec.n_embd_target
+    taps, n_embd = row_shape(spec, rows)
+    waiting = staging_bytes(spec, staging, device)
 
     def both(window: int) -> tuple[int, int]:
         size = mirror_size(taps, n_embd, mirror_cap(spec, window), dtype, device.index)
-        return draft_bytes(window).total, device_bytes(size, device)
+        return draft_bytes(window).total, device_bytes(size, device) + waiting
 
     draft, mirror = both(window)
     needed, free = draft + mirror, device.memory_free
     if needed <= free:
         return
     cap, fits = mirror_cap(spec, window), largest(window - 1, lambda w: sum(both(w)) <= free)
-    dtypes = fitting_dtypes(taps, n_embd, cap, free - draft, device)
+    dtypes = fitting_dtypes(taps, n_embd, cap, free - draft - waiting, device)
     advice = [f"draft_window {fits} fits" if fits else f"no draft_window fits as {dtype}"]
     if dtypes:
         advice.append(f"this one fits as {', '.join(dtypes)}")

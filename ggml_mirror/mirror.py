@@ -16,6 +16,7 @@ from ._native import check, ffi, lib
 from .device import Device, find_device
 from .dtype import FeatureDtype
 from .errors import ArgumentError, ClosedError, MirrorMemoryError, ShapeError, SnapshotError
+from .row_kind import FUSED, RAW, parse_rows
 
 if TYPE_CHECKING:
     from .snapshot import Snapshot
@@ -97,6 +98,7 @@ class FeatureMirror:
         target: fingerprint of the model that the rows come from, kept in snapshots.
         draft: fingerprint of the draft that reads them, kept in snapshots.
         ggml_ops: use stock ggml graph ops even where this library has its own loops (for comparison).
+        rows: what a row holds, kept in snapshots: "raw", the tapped outputs, or "fused", what a draft makes of them (one tap).
 
     Raises:
         ArgumentError, DtypeError, ShapeError, DeviceError, UnsupportedError: what was asked for cannot be.
@@ -112,9 +114,6 @@ class FeatureMirror:
         (3, 128)
     """
 
-    #: What a row holds. "raw": the tapped outputs, concatenated.
-    rows = "raw"
-
     def __init__(
         self,
         *,
@@ -127,8 +126,10 @@ class FeatureMirror:
         target: str | None = None,
         draft: str | None = None,
         ggml_ops: bool = False,
+        rows: str = RAW,
     ) -> None:
         self._handle: Any = None
+        self.rows = parse_rows(rows)
         self._lock = threading.RLock()
         #: Tokens whose features capture has written, by position; None: nobody has said.
         self._tokens: TokenLog | None = None
@@ -138,6 +139,8 @@ class FeatureMirror:
         self.device: Device = find_device(device)
         self.taps, self.n_embd, self.cap = _index(taps, "taps"), _index(n_embd, "n_embd"), _index(cap, "cap")
         self.target, self.draft = target, draft
+        if self.rows == FUSED and self.taps != 1:
+            raise ArgumentError(f"fused rows have one tap, of the draft's n_embd; this mirror has {self.taps}")
         if self.cap > MAX_CAP:
             self._refuse_beyond_memory(ggml_ops)
         params = _params(

@@ -10,7 +10,7 @@ tensor             type, shape             content
 ``rows``           U8 ``[n, row_bytes]``   stored rows as ggml lays them out; slices of taps that were not written are 0
 =================  ======================  ==========================================================================
 
-Metadata: ``format`` ("ggml-mirror.snapshot"), ``format_version``, ``rows`` ("raw"), ``dtype``, ``taps``, ``n_embd``, ``cap``,
+Metadata: ``format`` ("ggml-mirror.snapshot"), ``format_version``, ``rows`` ("raw", "fused"), ``dtype``, ``taps``, ``n_embd``, ``cap``,
 ``row_bytes``, ``first_position``, ``count``, ``target``, ``draft`` (fingerprints; empty: unknown) and ``checksum``: SHA-256 over the
 other metadata and the three tensors.
 """
@@ -33,6 +33,7 @@ from safetensors.numpy import save_file
 from ._native import check, ffi, lib
 from .dtype import FeatureDtype, row_bytes
 from .errors import GgmlMirrorError, SnapshotError, SnapshotMismatchError
+from .row_kind import FUSED, RAW
 
 if TYPE_CHECKING:
     from .mirror import FeatureMirror
@@ -77,7 +78,7 @@ class SnapshotHeader:
             and 1 <= self.taps <= 64
             and 0 <= self.count <= self.cap < 2**31
             and self.cap >= 1
-            and self.rows == "raw"
+            and (self.rows == RAW or (self.rows == FUSED and self.taps == 1))
         ) or not (0 <= first < _MAX_POSITION if self.count else first == -1):
             raise SnapshotError(f"{where} has a broken header: its fields contradict each other: {self}")
 

@@ -209,6 +209,9 @@ GM_API gm_status gm_mirror_reset_stats(gm_mirror * mirror);
 // A gm_capture is the user data of a llama_context's cb_eval. It does nothing until mirrors are attached.
 typedef struct gm_capture gm_capture;
 
+// A gm_fuser takes raw rows from a capture into a staging ring and puts fused rows into a mirror as they are committed.
+typedef struct gm_fuser gm_fuser;
+
 GM_API gm_status gm_capture_new(gm_capture ** out);
 GM_API void      gm_capture_free(gm_capture * capture);
 
@@ -223,11 +226,13 @@ GM_API gm_status gm_capture_found(gm_capture * capture, int32_t layer, int64_t *
 // The model's own token embedding and output matrix, as seen while discovering; NULL if not seen. They live as long as the model.
 GM_API gm_status gm_capture_target_tensors(gm_capture * capture, struct ggml_tensor ** tok_embd, struct ggml_tensor ** output);
 
-// Send the outputs of blocks layers[0..n_taps) to every mirror (all of n_taps taps). The mirrors must outlive the attachment.
-GM_API gm_status gm_capture_attach(gm_capture * capture, int32_t n_taps, const int32_t * layers, int32_t n_mirrors, gm_mirror * const * mirrors);
+// Send the outputs of blocks layers[0..n_taps) to every mirror and fuser (all of n_taps taps), which must outlive the attachment.
+GM_API gm_status gm_capture_attach(gm_capture * capture, int32_t n_taps, const int32_t * layers, int32_t n_mirrors, gm_mirror * const * mirrors,
+                                   int32_t n_fusers, gm_fuser * const * fusers);
 GM_API gm_status gm_capture_detach(gm_capture * capture);
 
-// Announce an evaluation of positions start..start+count-1 of the captured sequence: forgets rows >= start in every mirror.
+// Announce an evaluation of positions start..start+count-1 of the captured sequence: rows below start are committed, rows >= start
+// forgotten, in every mirror and fuser.
 GM_API gm_status gm_capture_begin(gm_capture * capture, int64_t start, int64_t count);
 
 // Close it: GM_OK if each tap gave each row, else the first error (rows >= start are forgotten again).
@@ -258,6 +263,9 @@ typedef struct gm_draft_params {
     int32_t  n_swa;            // sliding window of the layers in swa_layers; 0: none
     uint64_t swa_layers;       // bit mask
     int64_t  window;           // context rows that the draft attends to, at most
+    bool     fused_rows;       // its mirror holds fused rows: 1 tap, n_embd wide
+    int32_t  kv_type;          // ggml_type of the window's keys and values
+    bool     keep_kv;          // from step to step; false: all rows of the window are projected at each
     struct ggml_tensor * tok_embd; // the target's, may be NULL if the draft has its own
     struct ggml_tensor * output;
 } gm_draft_params;
@@ -272,6 +280,7 @@ typedef struct gm_draft_times {
     int64_t steps, rows_projected;
     int64_t rows_moved;        // whose keys and values were copied to make room
     int64_t read_ns;           // rows from the mirror to F32
+    int64_t fuse_ns;           // raw rows to fused ones, into the mirror
     int64_t project_ns;        // rows to keys and values, and to make room for them
     int64_t block_ns;          // the noise block, up to its tokens
 } gm_draft_times;
@@ -290,9 +299,24 @@ GM_API gm_status gm_draft_step(gm_draft * draft, gm_mirror * mirror, int64_t n_p
 // Logits of the last step: F32 [n_tokens + 1, n_vocab] in host memory (row 0 is the last committed token's).
 GM_API gm_status gm_draft_logits(gm_draft * draft, int64_t n_values, float * logits);
 
+// Raw rows start..start+count-1 of `raw` -> fused rows (fc and norm) at the same positions of `fused`, on the draft's device.
+GM_API gm_status gm_draft_fuse(gm_draft * draft, gm_mirror * raw, int64_t start, int64_t count, gm_mirror * fused);
+
 GM_API gm_status gm_draft_get_bytes(gm_draft * draft, gm_draft_bytes * bytes);
 GM_API gm_status gm_draft_get_times(gm_draft * draft, gm_draft_times * times);
 GM_API gm_status gm_draft_reset_times(gm_draft * draft);
+
+// ---------------------------------------------------------------------------------------- fused capture
+
+// Draft and rings must outlive a fuser.
+GM_API gm_status gm_fuser_new(gm_draft * draft, gm_mirror * staging, gm_mirror * mirror, gm_fuser ** out);
+GM_API void      gm_fuser_free(gm_fuser * fuser);
+
+// Rows before `end` are committed: those that wait are fused.
+GM_API gm_status gm_fuser_commit(gm_fuser * fuser, int64_t end);
+
+// Forget positions >= from, waiting or fused.
+GM_API gm_status gm_fuser_truncate(gm_fuser * fuser, int64_t from);
 
 #ifdef __cplusplus
 }

@@ -1,5 +1,5 @@
 // The eval callback: outputs of tapped blocks go from the graph's own tensors into the mirrors, on the device where they lie.
-#include "mirror.h"
+#include "fuser.h"
 
 #include <atomic>
 #include <cstdlib>
@@ -17,6 +17,7 @@ struct gm_capture {
     ggml_tensor *            output   = nullptr;
     std::vector<int32_t>     layers;                       // by tap
     std::vector<gm_mirror *> mirrors;
+    std::vector<gm_fuser *>  fusers;
     std::vector<int64_t>     rows_seen;                    // by tap, of the evaluation that is open
     int64_t                  start = 0, count = -1;        // the evaluation; count -1: none is open
     gm_status                status = GM_OK;               // first error of the evaluation
@@ -82,12 +83,9 @@ void gm_capture::take(int32_t tap, const ggml_tensor * t) {
             throw error(GM_ERR_CAPTURE, "block %d gave more than the %lld rows that were announced", layers[size_t(tap)], (long long) count).tap(tap);
         }
         for (gm_mirror * mirror : mirrors) {
-            if (gm_mirror_write_tensor(mirror, tap, start + seen, t) != GM_OK) {
-                gm::Error e;
-                e.info = *gm_last_error();
-                throw e;
-            }
+            if (gm_mirror_write_tensor(mirror, tap, start + seen, t) != GM_OK) gm::rethrow_last_error();
         }
+        for (gm_fuser * fuser : fusers) fuser->write(tap, start + seen, t);
         seen += rows;
     });
     if (status != GM_OK) failure = *gm_last_error();
@@ -95,6 +93,7 @@ void gm_capture::take(int32_t tap, const ggml_tensor * t) {
 
 void gm_capture::forget() {
     for (gm_mirror * mirror : mirrors) mirror->truncate(start);
+    for (gm_fuser * fuser : fusers) fuser->truncate(start);
 }
 
 gm_status gm_capture_new(gm_capture ** out) {
@@ -134,19 +133,24 @@ gm_status gm_capture_target_tensors(gm_capture * capture, struct ggml_tensor ** 
     });
 }
 
-gm_status gm_capture_attach(gm_capture * capture, int32_t n_taps, const int32_t * layers, int32_t n_mirrors, gm_mirror * const * mirrors) {
+gm_status gm_capture_attach(gm_capture * capture, int32_t n_taps, const int32_t * layers, int32_t n_mirrors, gm_mirror * const * mirrors, int32_t n_fusers,
+                            gm_fuser * const * fusers) {
     return gm::guard([&] {
         gm_capture & c = gm::required(capture, "capture");
-        if (n_taps < 1 || n_mirrors < 1) throw error(GM_ERR_ARGUMENT, "%d taps and %d mirrors: one of each at least", n_taps, n_mirrors);
-        gm::required(layers, "layers");
-        gm::required(mirrors, "mirrors");
-        for (int32_t i = 0; i < n_mirrors; ++i) {
-            if (gm::required(mirrors[i], "a mirror").taps() != n_taps) {
-                throw error(GM_ERR_ARGUMENT, "a mirror of %d taps cannot take %d", mirrors[i]->taps(), n_taps);
-            }
+        if (n_taps < 1 || n_mirrors < 0 || n_fusers < 0 || n_mirrors + n_fusers < 1) {
+            throw error(GM_ERR_ARGUMENT, "%d taps, %d mirrors and %d fusers: a tap, and a mirror or fuser at least", n_taps, n_mirrors, n_fusers);
         }
+        gm::required(layers, "layers");
+        const auto check = [&](int32_t taps) {
+            if (taps != n_taps) throw error(GM_ERR_ARGUMENT, "a mirror of %d taps cannot take %d", taps, n_taps);
+        };
+        if (n_mirrors) gm::required(mirrors, "mirrors");
+        if (n_fusers) gm::required(fusers, "fusers");
+        for (int32_t i = 0; i < n_mirrors; ++i) check(gm::required(mirrors[i], "a mirror").taps());
+        for (int32_t i = 0; i < n_fusers; ++i) check(gm::required(fusers[i], "a fuser").taps());
         c.layers.assign(layers, layers + n_taps);
         c.mirrors.assign(mirrors, mirrors + n_mirrors);
+        c.fusers.assign(fusers, fusers + n_fusers);
         c.rows_seen.assign(size_t(n_taps), 0);
         c.count = -1;
         c.mode  = gm_capture::Mode::attached;
@@ -159,6 +163,7 @@ gm_status gm_capture_detach(gm_capture * capture) {
         c.mode  = gm_capture::Mode::off;
         c.count = -1;
         c.mirrors.clear();
+        c.fusers.clear();
     });
 }
 
@@ -168,6 +173,7 @@ gm_status gm_capture_begin(gm_capture * capture, int64_t start, int64_t count) {
         if (start < 0 || count < 1) {
             throw error(GM_ERR_ARGUMENT, "an evaluation of %lld positions from %lld is empty or negative", (long long) count, (long long) start);
         }
+        for (gm_fuser * fuser : c.fusers) fuser->commit(start);
         c.start  = start;
         c.count  = count;
         c.status = GM_OK;

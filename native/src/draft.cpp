@@ -42,6 +42,10 @@ const gm_draft_params & checked(const gm_draft_params & p) {
     number(p.rope_scale, 0.0f, "rope_scale");
     within(p.n_swa, 0, INT32_MAX, "n_swa");
     if (p.n_rot % 2) throw error(GM_ERR_ARGUMENT, "draft: n_rot is %d; rotation takes pairs of values", p.n_rot);
+    const ggml_type_traits * kv = p.kv_type >= 0 && p.kv_type < GGML_TYPE_COUNT ? ggml_get_type_traits(ggml_type(p.kv_type)) : nullptr;
+    if (!kv || kv->blck_size < 1 || !kv->to_float || p.head_dim % kv->blck_size) {
+        throw error(GM_ERR_DTYPE, "draft: keys and values of %d a head cannot be kept as type %s", p.head_dim, kv ? kv->type_name : "unknown");
+    }
     if (p.n_head % p.n_head_kv) throw error(GM_ERR_ARGUMENT, "draft: %d heads do not share %d key heads evenly", p.n_head, p.n_head_kv);
     return p;
 }
@@ -124,7 +128,8 @@ void gm_draft::lay_out() {
     kv_ctx_ = gm::Context(size_t(2 * params_.n_layer + 1) * ggml_tensor_overhead());
     for (int32_t il = 0; il < params_.n_layer; ++il) {
         const int64_t width = int64_t(params_.n_head_kv) * params_.head_dim;
-        kv_.push_back({ ggml_new_tensor_2d(kv_ctx_.get(), GGML_TYPE_F16, width, kv_slots_), ggml_new_tensor_2d(kv_ctx_.get(), GGML_TYPE_F16, width, kv_slots_) });
+        const auto    type  = ggml_type(params_.kv_type);
+        kv_.push_back({ ggml_new_tensor_2d(kv_ctx_.get(), type, width, kv_slots_), ggml_new_tensor_2d(kv_ctx_.get(), type, width, kv_slots_) });
     }
     const auto buft = ggml_backend_dev_buffer_type(main_.device);
     size_.weights   = ggml_backend_alloc_ctx_tensors_from_buft_size(weights_.ctx.get(), buft);
@@ -143,8 +148,9 @@ void gm_draft::lay_out() {
         return uint64_t(size);
     };
     seem(this);
-    size_.compute = std::max(scratch(build_project(most_project_rows(), nullptr, nullptr), main_.device),
+    size_.compute = std::max(scratch(build_project(most_project_rows()), main_.device),
                              scratch(build_block(params_.block_size, most_span(params_)), main_.device));
+    if (params_.fused_rows) size_.compute = std::max(size_.compute, scratch(build_fuse(kProjectRows), main_.device));
     if (head_.device) head_size_ = scratch(build_head(params_.block_size), head_.device);
     seem(nullptr);
 }
@@ -170,6 +176,7 @@ void gm_draft::allocate() {
         p->allocr.reset(ggml_gallocr_new(ggml_backend_dev_buffer_type(p->device)));
     }
     // The largest graphs now: what the device lacks shows here, memory or operations, and not in the middle of a text.
+    if (params_.fused_rows) fuse_graph(kProjectRows);
     project_graph(most_project_rows());
     block_graph(params_.block_size, most_span(params_));
     if (head_.device) head_graph(params_.block_size);
@@ -282,6 +289,33 @@ void gm_draft::project_changed(gm_mirror & mirror, int64_t start, int64_t count)
     }
 }
 
+void gm_draft::require_rows(gm_mirror & mirror, bool fused) const {
+    const int32_t taps = fused ? 1 : params_.n_taps, n_embd = fused ? params_.n_embd : params_.n_embd_target;
+    if (mirror.taps() != taps || mirror.n_embd() != n_embd) {
+        throw error(GM_ERR_WIDTH, "the draft reads %s rows of %d x %d, the mirror holds %d x %lld", fused ? "fused" : "raw", taps, n_embd, mirror.taps(),
+                    (long long) mirror.n_embd());
+    }
+}
+
+void gm_draft::fuse(gm_mirror & raw, int64_t start, int64_t count, gm_mirror & fused) {
+    require_rows(raw, false);
+    require_rows(fused, true);
+    if (!params_.fused_rows) throw error(GM_ERR_ARGUMENT, "this draft was made for raw rows");
+    for (int64_t done = 0, n; done < count; done += n) {
+        n         = std::min(kProjectRows, count - done);
+        Graph & g = fuse_graph(n);
+        {
+            Stopwatch watch(times.read_ns);
+            raw.read_tensor(start + done, n, *g.rows);
+        }
+        Stopwatch watch(times.fuse_ns);
+        compute(g, main_);
+        gm::RowSource source;
+        source.tensor = g.fused;
+        fused.write(0, start + done, n, source);
+    }
+}
+
 // span: the position of the mask's first column.
 void gm_draft::fill_masks(const Graph & g, int64_t n, int64_t n_kv, int64_t span, int64_t context_start, int64_t n_past) {
     const uint16_t open = 0, shut = ggml_fp32_to_fp16(-INFINITY);
@@ -322,11 +356,9 @@ int64_t gm_draft::step(gm_mirror & mirror, int64_t n_past, int32_t last_token, i
     }
     if (last_token < 0 || last_token >= params_.n_vocab) throw error(GM_ERR_ARGUMENT, "token %d is not in a vocabulary of %d", last_token, params_.n_vocab);
     if (n_past < 0 || n_past > INT32_MAX - n) throw error(GM_ERR_ARGUMENT, "position %lld is out of range", (long long) n_past);
-    if (mirror.taps() != params_.n_taps || mirror.n_embd() != params_.n_embd_target) {
-        throw error(GM_ERR_WIDTH, "the draft reads rows of %d x %d, the mirror holds %d x %lld", params_.n_taps, params_.n_embd_target, mirror.taps(), (long long) mirror.n_embd());
-    }
+    require_rows(mirror, params_.fused_rows);
     last_logits_ = nullptr;
-    if (source_ != mirror.id()) std::fill(versions_.begin(), versions_.end(), 0);
+    if (source_ != mirror.id() || !params_.keep_kv) std::fill(versions_.begin(), versions_.end(), 0);
     source_ = mirror.id();
 
     const int64_t context = mirror.stretch_before(n_past, params_.window);
@@ -413,6 +445,12 @@ gm_status gm_draft_step(gm_draft * draft, gm_mirror * mirror, int64_t n_past, in
 
 gm_status gm_draft_logits(gm_draft * draft, int64_t n_values, float * logits) {
     return gm::guard([&] { gm::required(draft, "draft").logits(n_values, &gm::required(logits, "logits")); });
+}
+
+gm_status gm_draft_fuse(gm_draft * draft, gm_mirror * raw, int64_t start, int64_t count, gm_mirror * fused) {
+    return gm::guard([&] {
+        gm::required(draft, "draft").fuse(gm::required(raw, "raw"), start, count, gm::required(fused, "fused"));
+    });
 }
 
 gm_status gm_draft_get_bytes(gm_draft * draft, gm_draft_bytes * bytes) {

@@ -18,6 +18,9 @@ struct gm_draft {
 
     int64_t step(gm_mirror & mirror, int64_t n_past, int32_t last_token, int32_t n_tokens, int32_t * tokens);
     void    logits(int64_t n_values, float * out);
+    void    fuse(gm_mirror & raw, int64_t start, int64_t count, gm_mirror & fused);
+
+    void    require_rows(gm_mirror & mirror, bool fused) const;  // that it holds such rows as this draft reads or makes
 
     gm_draft_bytes bytes() const;
     gm_draft_times times{};
@@ -28,9 +31,9 @@ struct gm_draft {
         ggml_cgraph *    graph = nullptr;
         uint64_t         id = 0;
         std::vector<ggml_tensor *> own, views; // that a Place gives memory, and that lie in other tensors
-        std::vector<ggml_tensor *> spans;      // the keys and values that attention reads, F16 [head_dim, n_kv, n_head_kv]
+        std::vector<ggml_tensor *> spans;      // the keys and values that attention reads, [head_dim, n_kv, n_head_kv]
         // inputs; null where a graph has no such input
-        ggml_tensor *    rows = nullptr;       // F32 [n_taps * n_embd_target, n]
+        ggml_tensor *    rows = nullptr;       // F32 [n_taps * n_embd_target, n], or fused rows [n_embd, n]
         ggml_tensor *    tokens = nullptr;     // I32 [n], or
         ggml_tensor *    embeddings = nullptr; // F32 [n_embd, n]
         ggml_tensor *    positions = nullptr;  // I32 [n]
@@ -38,6 +41,7 @@ struct gm_draft {
         ggml_tensor *    mask = nullptr;       // F16 [n_kv, n]
         ggml_tensor *    mask_swa = nullptr;
         // outputs
+        ggml_tensor *    fused = nullptr;      // F32 [n_embd, n]
         ggml_tensor *    hidden = nullptr;     // F32 [n_embd, n]
         ggml_tensor *    logits = nullptr;     // F32 [n_vocab, n]
         ggml_tensor *    argmax = nullptr;     // I32 [n]
@@ -52,7 +56,7 @@ struct gm_draft {
         uint64_t           holds = 0;  // id of the graph whose tensors have the memory
     };
 
-    struct Keys { ggml_tensor * k, * v; };  // F16 [n_head_kv * head_dim, kv_slots]
+    struct Keys { ggml_tensor * k, * v; };  // [n_head_kv * head_dim, kv_slots]
 
     enum class Only { sizes };  // tensors without memory
     gm_draft(const gm_draft_params & params, Only);
@@ -61,6 +65,8 @@ struct gm_draft {
     gm_draft_bytes total_size() const;
 
     // draft_graphs.cpp
+    Graph build_fuse(int64_t n);
+    Graph build_project(int64_t n);
     Graph build_project(int64_t n, void * in_place, ggml_backend_buffer_t buffer);
     Graph build_block(int64_t n, int64_t n_kv);
     Graph build_move(int64_t shift, int64_t count);
@@ -69,11 +75,14 @@ struct gm_draft {
     void  finish(Graph & g, const Place & p) const;
 
     ggml_tensor * norm(ggml_context * ctx, ggml_tensor * x, ggml_tensor * weight) const;
+    ggml_tensor * fuse(ggml_context * ctx, ggml_tensor * rows) const;
     ggml_tensor * rope(ggml_context * ctx, ggml_tensor * x, ggml_tensor * positions) const;
     ggml_tensor * key(ggml_context * ctx, const gm::DraftLayer & l, ggml_tensor * x, ggml_tensor * positions) const;
     ggml_tensor * value(ggml_context * ctx, const gm::DraftLayer & l, ggml_tensor * x) const;
 
+    Graph & fuse_graph(int64_t n);
     Graph & project_graph(int64_t n);
+    Graph & counted(std::map<int64_t, Graph> & graphs, int64_t n, Graph (gm_draft::*build)(int64_t));
     Graph & block_graph(int64_t n, int64_t n_kv);
     Graph & head_graph(int64_t n);
 
@@ -108,7 +117,7 @@ struct gm_draft {
     gm_draft_bytes          size_{};          // on the draft's device
     uint64_t                head_size_ = 0;   // scratch where the output matrix lies
     uint64_t                graphs_made_ = 0;
-    std::map<int64_t, Graph>                     project_graphs_, head_graphs_;
+    std::map<int64_t, Graph>                     fuse_graphs_, project_graphs_, head_graphs_;
     std::map<std::pair<int64_t, int64_t>, Graph> block_graphs_;
     std::vector<uint16_t>   mask_data_;
     ggml_tensor *           last_logits_ = nullptr;

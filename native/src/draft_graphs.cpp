@@ -1,5 +1,5 @@
-// The draft's graphs. Each is one shape of one of four: rows to keys and values, a block to hidden states and tokens, the last product
-// on another device, and making room.
+// The draft's graphs. Each is one shape of one of five: raw rows to fused ones, rows to keys and values, a block to hidden states and
+// tokens, the last product on another device, and making room.
 #include "draft.h"
 
 #include <algorithm>
@@ -69,18 +69,37 @@ void gm_draft::finish(Graph & g, const Place & p) const {
     }
 }
 
+// Raw rows -> what all layers read of them.
+ggml_tensor * gm_draft::fuse(ggml_context * ctx, ggml_tensor * rows) const {
+    return norm(ctx, ggml_mul_mat(ctx, weights_.fc, rows), weights_.hidden_norm);
+}
+
+gm_draft::Graph gm_draft::build_fuse(int64_t n) {
+    Graph          g   = empty_graph(nodes_of(0));
+    ggml_context * ctx = g.ctx.get();
+    g.rows             = input(ggml_new_tensor_2d(ctx, GGML_TYPE_F32, int64_t(params_.n_taps) * params_.n_embd_target, n), "target_hidden_cat");
+    g.fused            = fuse(ctx, g.rows);
+    ggml_set_output(g.fused);
+    ggml_build_forward_expand(g.graph, g.fused);
+    finish(g, main_);
+    return g;
+}
+
 // Rows -> keys and values of every layer. in_place: where the rows lie in an F32 ring; else they are read into g.rows.
+gm_draft::Graph gm_draft::build_project(int64_t n) { return build_project(n, nullptr, nullptr); }
+
 gm_draft::Graph gm_draft::build_project(int64_t n, void * in_place, ggml_backend_buffer_t buffer) {
     Graph          g   = empty_graph(nodes_of(params_.n_layer));
     ggml_context * ctx = g.ctx.get();
-    g.rows             = input(ggml_new_tensor_2d(ctx, GGML_TYPE_F32, int64_t(params_.n_taps) * params_.n_embd_target, n), "target_hidden_cat");
+    const int64_t width = params_.fused_rows ? params_.n_embd : int64_t(params_.n_taps) * params_.n_embd_target;
+    g.rows              = input(ggml_new_tensor_2d(ctx, GGML_TYPE_F32, width, n), params_.fused_rows ? "fused" : "target_hidden_cat");
     if (in_place) {
         g.rows->data   = in_place;
         g.rows->buffer = buffer;
     }
-    g.positions        = input(ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n), "positions");
-    g.slots            = input(ggml_new_tensor_1d(ctx, GGML_TYPE_I64, n), "slots");
-    ggml_tensor * fused = norm(ctx, ggml_mul_mat(ctx, weights_.fc, g.rows), weights_.hidden_norm);
+    g.positions         = input(ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n), "positions");
+    g.slots             = input(ggml_new_tensor_1d(ctx, GGML_TYPE_I64, n), "slots");
+    ggml_tensor * fused = params_.fused_rows ? g.rows : fuse(ctx, g.rows);
     for (size_t il = 0; il < weights_.layers.size(); ++il) {
         const gm::DraftLayer & l = weights_.layers[il];
         ggml_build_forward_expand(g.graph, ggml_set_rows(ctx, kv_[il].k, key(ctx, l, fused, g.positions), g.slots));
@@ -182,16 +201,19 @@ gm_draft::Graph gm_draft::build_head(int64_t n) {
     return g;
 }
 
-gm_draft::Graph & gm_draft::project_graph(int64_t n) {
-    auto it = project_graphs_.find(n);
-    if (it == project_graphs_.end()) {
-        // Small counts recur each step and full chunks each prefill; any other count is met once.
-        if (project_graphs_.size() > size_t(params_.block_size) + 1) project_graphs_.erase(std::prev(project_graphs_.end()));
-        it = project_graphs_.emplace(n, build_project(n, nullptr, nullptr)).first;
+// Small counts recur each step and full chunks each prefill; any other count is met once.
+gm_draft::Graph & gm_draft::counted(std::map<int64_t, Graph> & graphs, int64_t n, Graph (gm_draft::*build)(int64_t)) {
+    auto it = graphs.find(n);
+    if (it == graphs.end()) {
+        if (graphs.size() > size_t(params_.block_size) + 1) graphs.erase(std::prev(graphs.end()));
+        it = graphs.emplace(n, (this->*build)(n)).first;
     }
     place(it->second, main_);
     return it->second;
 }
+
+gm_draft::Graph & gm_draft::fuse_graph(int64_t n) { return counted(fuse_graphs_, n, &gm_draft::build_fuse); }
+gm_draft::Graph & gm_draft::project_graph(int64_t n) { return counted(project_graphs_, n, &gm_draft::build_project); }
 
 gm_draft::Graph & gm_draft::block_graph(int64_t n, int64_t n_kv) {
     const auto shape = std::make_pair(n, n_kv);

@@ -20,6 +20,12 @@ Error error(gm_status status, const char * format, ...) {
     return e;
 }
 
+void rethrow_last_error() {
+    Error e;
+    e.info = last_error;
+    throw e;
+}
+
 gm_status record_current_exception() noexcept {
     try {
         throw;

@@ -21,6 +21,9 @@ __attribute__((format(printf, 2, 3))) Error error(gm_status status, const char *
 // Records the exception in flight as this thread's last error.
 gm_status record_current_exception() noexcept;
 
+// A function of this ABI that was called inside the library has failed: throws what it recorded.
+[[noreturn]] void rethrow_last_error();
+
 // Every function of the ABI that can fail runs its body in here: no exception crosses the boundary.
 template <class Body> gm_status guard(Body && body) noexcept {
     try {

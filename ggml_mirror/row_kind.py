@@ -1,0 +1,18 @@
+"""What a row of a mirror holds."""
+
+from __future__ import annotations
+
+from .errors import ArgumentError
+
+#: The tapped outputs of a position, concatenated: ``n_taps * n_embd`` values.
+RAW = "raw"
+
+#: What all layers of a draft read of them, ``rms_norm(fc @ raw) * hidden_norm``: the draft's ``n_embd`` values.
+FUSED = "fused"
+
+
+def parse_rows(rows: str) -> str:
+    """Raise ArgumentError unless it is a kind of rows."""
+    if rows not in (RAW, FUSED):
+        raise ArgumentError(f"rows are {RAW} or {FUSED}, not {rows!r}")
+    return rows

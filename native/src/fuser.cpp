@@ -1,0 +1,49 @@
+#include "fuser.h"
+
+#include <algorithm>
+
+using gm::error;
+
+gm_fuser::gm_fuser(gm_draft & draft, gm_mirror & staging, gm_mirror & mirror) : draft_(draft), staging_(staging), mirror_(mirror) {
+    draft.require_rows(staging, false);
+    draft.require_rows(mirror, true);
+}
+
+void gm_fuser::write(int32_t tap, int64_t start, const ggml_tensor * rows) {
+    // Taps of a micro-batch come one after the other, so what lies before its first row is whole.
+    if (start + ggml_nrows(rows) - waiting_ > staging_.cap()) commit(start);
+    if (gm_mirror_write_tensor(&staging_, tap, start, rows) != GM_OK) gm::rethrow_last_error();
+}
+
+void gm_fuser::commit(int64_t end) {
+    if (end <= waiting_) return;
+    const int64_t count = std::min(end - waiting_, staging_.stretch_before(end, staging_.cap()));
+    draft_.fuse(staging_, end - count, count, mirror_);
+    waiting_ = end;
+}
+
+void gm_fuser::truncate(int64_t from) {
+    staging_.truncate(from);
+    mirror_.truncate(from);
+    waiting_ = std::min(waiting_, from);
+}
+
+// ------------------------------------------------------------------------------------------------- C ABI
+
+gm_status gm_fuser_new(gm_draft * draft, gm_mirror * staging, gm_mirror * mirror, gm_fuser ** out) {
+    return gm::guard([&] {
+        gm::required(out, "out") = new gm_fuser(gm::required(draft, "draft"), gm::required(staging, "staging"), gm::required(mirror, "mirror"));
+    });
+}
+
+void gm_fuser_free(gm_fuser * fuser) {
+    delete fuser;
+}
+
+gm_status gm_fuser_commit(gm_fuser * fuser, int64_t end) {
+    return gm::guard([&] { gm::required(fuser, "fuser").commit(end); });
+}
+
+gm_status gm_fuser_truncate(gm_fuser * fuser, int64_t from) {
+    return gm::guard([&] { gm::required(fuser, "fuser").truncate(from); });
+}

@@ -1,0 +1,22 @@
+// Fused capture: raw rows wait in a staging ring until they are committed, then go through the draft's first product into the mirror.
+#pragma once
+
+#include "draft.h"
+
+struct gm_fuser {
+  public:
+    gm_fuser(gm_draft & draft, gm_mirror & staging, gm_mirror & mirror);
+
+    // A tap's rows of positions start.. arrive. Rows that they displace are fused before.
+    void write(int32_t tap, int64_t start, const ggml_tensor * rows);
+
+    void    commit(int64_t end);
+    void    truncate(int64_t from);
+    int32_t taps() const { return staging_.taps(); }
+
+  private:
+    gm_draft &  draft_;
+    gm_mirror & staging_;
+    gm_mirror & mirror_;
+    int64_t     waiting_ = 0;  // positions from here on are not fused yet
+};
