@@ -270,6 +270,7 @@ class DFlashLlama(Llama):
             raise
         if tokens:
             self._rollback.evaluated(self.n_tokens - (len(tokens) - 1) % self.n_batch - 1)
+        self._commit()
 
     def close(self) -> None:
         """Free the target, the draft and the mirror."""
@@ -286,6 +287,11 @@ class DFlashLlama(Llama):
                 SEQUENCE, 0, -1
             )  # a stream may go on from here, and nothing else would remove them
             (self._fuser or self.mirror).clear()
+
+    def close(self) -> None:
+        """Free target, draft and mirror."""
+        if "_stack" in vars(self):  # not so where the arguments were refused
+            super().close()
 
     # ---------------------------------------------------------------------- state
 
@@ -358,8 +364,17 @@ class DFlashLlama(Llama):
         """Leave nothing but committed tokens in the context and the mirror."""
         if self._decoder is not None:
             self._decoder.settle()
+        self._commit()
+
+    def _commit(self) -> None:
+        """All positions so far are there to stay, and their rows in the mirror."""
         if self._fuser is not None:
             self._fuser.commit(self.n_tokens)
+
+    def _written_ns(self) -> int:
+        """Time in which rows were written since the mirror was made."""
+        staged = self._fuser.staging.times().write_ns if self._fuser is not None else 0
+        return staged + self.mirror.times().write_ns
 
     def _recover(self, position: int) -> None:
         """An evaluation did not come to its end: keep what was committed before it, or nothing where a running state may have moved on."""
@@ -395,7 +410,7 @@ class _Decoder:
         self.speculating = False
         self.proposed = self.confirmed = 0
         self.base = 0  # first position of the last speculative evaluation
-        self.rows_ns = llm.mirror.times().write_ns
+        self.rows_ns = llm._written_ns()
         self.draft_times = llm.draft.times()
         if not tokens:
             raise ArgumentError("there are no tokens to generate from")
@@ -469,8 +484,7 @@ class _Decoder:
         if room < 1:
             return []
         started = time.perf_counter()
-        if llm._fuser is not None:
-            llm._fuser.commit(llm.n_tokens)
+        llm._commit()
         drafted, context = llm.draft.step(llm.mirror, n_past=llm.n_tokens, last_token=tokens[-1], n_tokens=room)
         self.stats.draft_s += time.perf_counter() - started
         return drafted if context else []
@@ -513,8 +527,9 @@ class _Decoder:
         try:
             if llm._ctx.ctx is not None and not llm.mirror.closed:
                 self.settle()
+                llm._commit()
                 llm._requires_eval = True  # the last evaluation's logits are no longer those of the last position
-                self.stats.capture_s = (llm.mirror.times().write_ns - self.rows_ns) / 1e9
+                self.stats.capture_s = (llm._written_ns() - self.rows_ns) / 1e9
                 self.stats.read_s = (llm.draft.times().read_ns - self.draft_times.read_ns) / 1e9
         finally:
             llm._decoder = None

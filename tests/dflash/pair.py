@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import gguf
 import llama_cpp
 import numpy as np
 from llama_cpp import Llama
@@ -113,10 +114,20 @@ class Pair:
                 fresh.eval(committed)
             row = np.concatenate([llm.mirror.read(start=p, count=n) for p, n in _runs(held.tolist())])
             expected = m.read(start=0, count=len(committed))[held]
-        quantum = {"f32": 0.0, "bf16": 2**-8, "f16": 2**-10, "q8_0": 1 / 127}[llm.feature_dtype.value]
+        if llm.feature_rows == "fused":
+            expected = fused_rows(llm.draft_path, expected)
+        quantum = {"f32": 0.0, "bf16": 2**-8, "f16": 2**-10, "q8_0": 1 / 127, "q4_0": 1 / 8}[llm.feature_dtype.value]
         bound = (0.05 if name.startswith("gemma3") else 2e-3) + quantum * np.abs(expected).max(axis=1)
         wrong = held[np.abs(row - expected).max(axis=1) > bound]
         assert not len(wrong), f"rows of positions {wrong.tolist()} are not those of a fresh capture"
+
+
+def fused_rows(draft: str, raw: np.ndarray) -> np.ndarray:
+    """In numpy, what a draft makes of raw rows: rms_norm(fc @ raw) * hidden_norm."""
+    tensors = {t.name: gguf.dequantize(t.data, t.tensor_type) for t in gguf.GGUFReader(draft).tensors}
+    x = raw.astype(np.float64) @ tensors["fc.weight"].astype(np.float64).T
+    x /= np.sqrt((x * x).mean(axis=1, keepdims=True) + 1e-6)
+    return (x * tensors["enc.output_norm.weight"]).astype(np.float32)
 
 
 def _runs(positions: Sequence[int]) -> list[tuple[int, int]]:

@@ -26,12 +26,12 @@ def go_on(llm: DFlashLlama, token: int, n: int = 25) -> tuple[list[int], list[in
 
 
 @pytest.mark.parametrize("window", [None, 20], ids=["whole", "wrapped"])
-@pytest.mark.parametrize("dtype", ["f32", "q8_0"])
+@pytest.mark.parametrize(("dtype", "rows"), [("f32", "raw"), ("q8_0", "raw"), ("q4_0", "fused")])
 @pytest.mark.parametrize("where", ["same", "twin"])
-def test_warm_equals_cold(where: str, dtype: str, window: int | None, name: str, pair: Pair) -> None:
+def test_warm_equals_cold(where: str, dtype: str, rows: str, window: int | None, name: str, pair: Pair) -> None:
     """In mid-conversation; into the object itself after other work, and into another one. The real draft speaks, and its logits
     are compared: they see the rows."""
-    options = {"feature_dtype": dtype, "draft_window": window, "draft": pair.draft(seed=2)}
+    options = {"feature_dtype": dtype, "feature_rows": rows, "draft_window": window, "draft": pair.draft(seed=2)}
     llm = pair.dflash(name, **options)
     said = take(llm, PROMPT, 20)
     state = pickle.loads(pickle.dumps(llm.save_state()))

@@ -15,10 +15,10 @@ from .pair import N_CTX, Pair, script, sometimes, take, tokens_of
 class Walk:
     """A model and what it must hold: ``said`` is the committed sequence as it ought to be."""
 
-    def __init__(self, pair: Pair, name: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, pair: Pair, name: str, seed: int, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
         self.pair, self.name, self.monkeypatch = pair, name, monkeypatch
         self.rng = np.random.default_rng(seed)
-        self.llm = pair.dflash(name, draft_window=int(self.rng.choice([24, 100, N_CTX])))
+        self.llm = pair.dflash(name, draft_window=int(self.rng.choice([24, 100, N_CTX])), **options)
         self.said: list[int] = []
         self.saved: list[tuple[Any, list[int]]] = []
 
@@ -101,8 +101,8 @@ class Walk:
 ACTIONS = ("say", "follow", "follow", "append", "append", "evaluate", "reset", "save", "load", "load", "clear", "fail")
 
 
-def walk(pair: Pair, name: str, seed: int, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    w = Walk(pair, name, seed, monkeypatch)
+def walk(pair: Pair, name: str, seed: int, steps: int, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
+    w = Walk(pair, name, seed, monkeypatch, **options)
     done = []
     for _ in range(steps):
         action = "reset" if len(w.said) > 150 else str(w.rng.choice(ACTIONS))
@@ -117,6 +117,12 @@ def walk(pair: Pair, name: str, seed: int, steps: int, monkeypatch: pytest.Monke
 @pytest.mark.parametrize("seed", range(2))
 def test_random_walks(seed: int, name: str, pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     walk(pair, name, seed, 25, monkeypatch)
+
+
+@pytest.mark.parametrize("dtype", ["f32", "q4_0"])
+def test_random_walks_with_fused_rows(dtype: str, name: str, pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also with micro-batches smaller than most prompts: rows are fused in mid-evaluation."""
+    walk(pair, name, 7, 25, monkeypatch, feature_rows="fused", feature_dtype=dtype, n_batch=32, n_ubatch=16)
 
 
 @pytest.mark.soak
