@@ -6,6 +6,8 @@ All dtypes decode each prompt before the next prompt is taken, in an order that 
 disturbance of the machine hits all alike. That needs the target once per dtype (its file is mapped once on a CPU); where device
 memory does not allow it, --sequential takes one dtype after another.
 
+--dtypes names what the mirror stores: a dtype for raw rows, fused:DTYPE for fused ones.
+
 Columns:
 
     accepted    accepted / proposed drafted tokens, their ratio, and its 95 % interval (bootstrap over prompts, fixed seed)
@@ -45,7 +47,7 @@ from typing import Annotated, Any
 
 import llama_cpp
 import typer
-from decoding import Counts, Generation, first_difference, generate, load, top_two_gap
+from decoding import Counts, Generation, first_difference, generate, load, storage, top_two_gap
 from humaneval import Task, humaneval_prompts, make_tasks
 from intervals import FAIL, Interval, gate, ratio, ratio_difference
 from journal import Journal, part_of
@@ -56,7 +58,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ggml_mirror import DFlashLlama, FeatureDtype, GgmlMirrorError, __version__, find_device, fingerprint
+from ggml_mirror import DFlashLlama, GgmlMirrorError, __version__, find_device, fingerprint
 from ggml_mirror.byte_size import format_bytes
 from ggml_mirror.errors import ArgumentError
 from ggml_mirror.output import check_writable, write_atomically, write_json
@@ -79,14 +81,14 @@ class Setup:
     n_threads: int
 
     def load(self, variant: str) -> Llama:
-        """The model for ``variant``: a dtype's name, or :data:`PLAIN`."""
+        """The model for ``variant``: how the mirror stores rows, or :data:`PLAIN`."""
         common = dict(n_ctx=self.n_ctx, n_gpu_layers=self.n_gpu_layers, n_threads=self.n_threads)
         if variant == PLAIN:
             return load(self.model, None, **common)
         return load(
             self.model,
             self.draft,
-            feature_dtype=variant,
+            stored=variant,
             draft_window=self.draft_window,
             draft_device=self.draft_device,
             **common,
@@ -384,7 +386,9 @@ def plot(lines: list[Line], reference: str, limit: float, path: Path) -> None:
 def main(
     model: Annotated[Path | None, typer.Option("-m", "--model", help="Target (GGUF).")] = None,
     draft: Annotated[Path | None, typer.Option("-md", "--model-draft", help="DFlash draft (GGUF).")] = None,
-    dtypes: Annotated[str, typer.Option(help="Comma-separated; the first is the reference.")] = "f32,bf16,f16,q8_0",
+    dtypes: Annotated[
+        str, typer.Option(help="Comma-separated, as f32,q8_0,fused:q4_0; the first is the reference.")
+    ] = "f32,bf16,f16,q8_0",
     prompts: Annotated[int, typer.Option(help="How many of the prompts; 0: all.", min=0)] = 0,
     prompt_file: Annotated[Path | None, typer.Option(help="Other prompts (.txt, .jsonl) than HumanEval's 164.")] = None,
     style: Annotated[str, typer.Option(help="raw, chat or both.")] = "both",
@@ -410,7 +414,7 @@ def main(
         return _memory_process(memory_of)
     if model is None or draft is None:
         raise ArgumentError("-m TARGET.gguf and -md DRAFT.gguf are needed")
-    names = [FeatureDtype.parse(name).value for name in dtypes.split(",")]
+    names = [storage(name) for name in dtypes.split(",")]
     if len(set(names)) != len(names):
         raise ArgumentError(f"--dtypes {dtypes}: each once")
     if part and not resume:

@@ -7,7 +7,7 @@ the median, over prompts, of the ratios of decode speeds on the same prompt. Var
 
     plain          llama_cpp.Llama
     lookup         the same with llama-cpp-python's LlamaPromptLookupDecoding (it keeps n_ctx x n_vocab logits)
-    f32, q8_0 ...  DFlashLlama with that feature dtype
+    f32, q8_0 ...  DFlashLlama with that feature dtype; fused:q8_0 ...: with fused rows
     server-plain   llama-server without a draft
     server         llama-server --spec-type draft-dflash: what the goals compare with
 
@@ -52,7 +52,7 @@ from typing import Annotated, Any
 
 import llama_cpp
 import typer
-from decoding import Counts, Generation, generate, load
+from decoding import Counts, Generation, generate, load, storage
 from humaneval import Task, humaneval_prompts, make_tasks
 from journal import Journal, part_of
 from llama_cpp import Llama
@@ -63,7 +63,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ggml_mirror import FeatureDtype, GgmlMirrorError, __version__, fingerprint
+from ggml_mirror import GgmlMirrorError, __version__, fingerprint
 from ggml_mirror.errors import ArgumentError
 from ggml_mirror.output import check_writable, write_atomically, write_json
 from ggml_mirror.plot import check_plot
@@ -345,7 +345,7 @@ def plot(rows: list[Row], path: Path) -> None:
 def main(
     model: Annotated[Path, typer.Option("-m", "--model", help="Target (GGUF).")],
     draft: Annotated[Path, typer.Option("-md", "--model-draft", help="DFlash draft (GGUF).")],
-    dtypes: Annotated[str, typer.Option(help="Comma-separated.")] = "f32,q8_0",
+    dtypes: Annotated[str, typer.Option(help="Comma-separated, as f32,q8_0,fused:q4_0.")] = "f32,q8_0",
     prompts: Annotated[int, typer.Option(help="How many of the prompts; 0: all.", min=0)] = 20,
     prompt_file: Annotated[Path | None, typer.Option(help="Other prompts (.txt, .jsonl) than HumanEval's 164.")] = None,
     style: Annotated[str, typer.Option(help="raw, chat or both.")] = "raw",
@@ -365,7 +365,7 @@ def main(
     markdown: Annotated[bool, typer.Option("--markdown", help="Tables as Markdown.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Exit code 1 unless every goal is met.")] = False,
 ) -> None:
-    names = [FeatureDtype.parse(name).value for name in dtypes.split(",")]
+    names = [storage(name) for name in dtypes.split(",")]
     if json_file:
         check_writable(json_file)
     if plot_file:
@@ -396,7 +396,7 @@ def main(
             decoders[LOOKUP] = lookup_decoder(llm, drafting, n_predict)
         n_draft = 7
         for name in names:
-            llm = opened(load(str(model), str(draft), feature_dtype=name, draft_window=draft_window or None, **common))
+            llm = opened(load(str(model), str(draft), stored=name, draft_window=draft_window or None, **common))
             n_draft = llm.n_draft
             decoders[name] = greedy(llm)
         if llama_server:

@@ -20,9 +20,11 @@ import numpy as np
 from llama_cpp import Llama
 
 import ggml_mirror.draft
+import ggml_mirror.fuser
 import ggml_mirror.mirror
-from ggml_mirror import DFlashLlama
+from ggml_mirror import DFlashLlama, FeatureDtype
 from ggml_mirror.prompt_run import default_threads
+from ggml_mirror.row_kind import RAW, parse_rows
 
 
 @dataclass(frozen=True)
@@ -119,17 +121,38 @@ def _errors_only(level: int, text: bytes, _: object) -> None:
         sys.stderr.write(text.decode("utf-8", "replace"))
 
 
+def storage(text: str) -> str:
+    """How a mirror stores rows, in its one spelling: "q8_0" for raw rows, "fused:q8_0" for fused ones.
+
+    Raises:
+        ArgumentError, DtypeError: no such rows or dtype.
+    """
+    rows, dtype = split_storage(text)
+    return dtype if rows == RAW else f"{rows}:{dtype}"
+
+
+def split_storage(text: str) -> tuple[str, str]:
+    """(rows, dtype)"""
+    rows, colon, dtype = text.strip().rpartition(":")
+    return parse_rows(rows) if colon else RAW, FeatureDtype.parse(dtype).value
+
+
 def load(
     model: str,
     draft: str | None,
     *,
+    stored: str = "f32",
     n_ctx: int,
     n_gpu_layers: int,
     n_threads: int,
     n_batch: int = 512,
     **more: Any,
 ) -> Llama:
-    """The target, plain (``draft`` None) or drafting; flash attention is on in both, so that texts can be compared."""
+    """The target, plain (``draft`` None) or drafting; flash attention is on in both, so that texts can be compared.
+
+    Args:
+        stored: rows and dtype of the mirror, see :func:`storage`.
+    """
     threads = n_threads or default_threads()
     llama_cpp.llama_log_set(_errors_only, None)
     kwargs: dict[str, Any] = dict(
@@ -142,7 +165,10 @@ def load(
         verbose=False,
         **more,
     )
-    return Llama(model, **kwargs) if draft is None else DFlashLlama(model, draft_path=draft, **kwargs)
+    if draft is None:
+        return Llama(model, **kwargs)
+    rows, dtype = split_storage(stored)
+    return DFlashLlama(model, draft_path=draft, feature_dtype=dtype, feature_rows=rows, **kwargs)
 
 
 def generate(
@@ -247,7 +273,7 @@ def native_clock(*, enabled: bool) -> Iterator[Callable[[], float]]:
         for module, wanted in ((bindings, names), (llama_cpp, states)):
             for name in wanted:
                 replace(module, name, _timed(getattr(module, name), total))
-        for module in (ggml_mirror.draft, ggml_mirror.mirror, sys.modules["ggml_mirror.capture"]):
+        for module in (ggml_mirror.draft, ggml_mirror.fuser, ggml_mirror.mirror, sys.modules["ggml_mirror.capture"]):
             replace(module, "lib", _TimedLibrary(module.lib, total))
         yield lambda: total[0]
 

@@ -39,13 +39,13 @@ from typing import Annotated, Any
 import llama_cpp
 import numpy as np
 import typer
-from decoding import Counts, Generation, first_difference, generate, load, top_two_gap
+from decoding import Counts, Generation, first_difference, generate, load, storage, top_two_gap
 from rich import box
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from ggml_mirror import DFlashLlama, FeatureDtype, GgmlMirrorError
+from ggml_mirror import DFlashLlama, GgmlMirrorError
 from ggml_mirror._native import ggml_versions
 from ggml_mirror.errors import ArgumentError
 from ggml_mirror.output import check_writable, write_json
@@ -133,7 +133,7 @@ def _pair(path: Path, entry: dict[str, Any]) -> Pair:
     wrong = [s for s in entry.get("scenarios", []) if s not in SCENARIOS]
     if wrong:
         raise ArgumentError(f"{where}: there is no scenario {wrong[0]!r}; there are {', '.join(SCENARIOS)}")
-    entry = {**entry, "dtypes": [FeatureDtype.parse(name).value for name in entry.get("dtypes", ["f32", "q8_0"])]}
+    entry = {**entry, "dtypes": [storage(name) for name in entry.get("dtypes", ["f32", "q8_0"])]}
     for key in ("target", "draft"):
         if isinstance(entry[key], str):
             entry[key] = _resolved(path, entry[key], where)
@@ -248,7 +248,7 @@ class PairRun:
                     continue
                 window = {"draft_window": self.pair.small_window} if windowed else {}
                 with ExitStack() as stack:
-                    llm = self._load(self.draft, feature_dtype=dtype, **window)
+                    llm = self._load(self.draft, stored=dtype, **window)
                     stack.callback(llm.close)
                     for scenario in chosen:
                         yield self._case(llm, scenario, dtype)
