@@ -188,6 +188,9 @@ def plan(
         str | None, typer.Option(metavar="BYTES", help="As 8GiB: also give the most rows whose storage fits in it.")
     ] = None,
     device: Annotated[str | None, typer.Option(metavar="NAME", help="Only this device. Default: all.")] = None,
+    rows: Annotated[
+        str, typer.Option(help="raw: the tapped outputs; fused: what the draft makes of them, as wide as the draft.")
+    ] = "raw",
     json: JsonOption = None,
 ) -> None:
     """Exact bytes of a mirror per dtype, and which fit where.
@@ -201,6 +204,8 @@ def plan(
     ggml-mirror plan -m target.gguf
 
     ggml-mirror plan -md draft.gguf --cap 4112 --json
+
+    ggml-mirror plan --rows fused --width 5120 --cap 262144
     """
     _check_outputs(json)
     _check_default_dtype()
@@ -210,7 +215,7 @@ def plan(
     from .row_source import row_source
 
     count = None if taps is None else _tap_count(taps)
-    row = row_source(width=width, taps=count, n_embd=n_embd, model=model, draft=draft, cap=cap)
+    row = row_source(width=width, taps=count, n_embd=n_embd, model=model, draft=draft, cap=cap, rows=rows)
     made = make_plan(
         width=row.width,
         taps=row.taps,
@@ -219,6 +224,7 @@ def plan(
         dtypes=_names(dtypes),
         device=device,
         budget=budget,
+        rows=row.rows,
     )
     if json is not None:
         write_json(made.to_json(), json)

@@ -14,6 +14,7 @@ from .device import Device, devices, find_device
 from .dtype import FeatureDtype
 from .errors import ArgumentError, ShapeError
 from .mirror import MAX_CAP, MirrorSize, mirror_size
+from .row_kind import FUSED, RAW, parse_rows
 
 __all__ = [
     "MAX_CAP",
@@ -90,7 +91,7 @@ class Plan:
     budget: int | None
     dtypes: tuple[DtypePlan, ...]
     devices: tuple[DevicePlan, ...]
-    rows: str = "raw"  # what a row is: the taps' features as captured
+    rows: str = RAW
     notes: tuple[str, ...] = field(default=())
 
     @property
@@ -144,6 +145,7 @@ def plan(
     dtypes: Sequence[str | FeatureDtype] | None = None,
     device: str | None = None,
     budget: int | str | None = None,
+    rows: str = RAW,
 ) -> Plan:
     """The bytes of a mirror of ``cap`` rows in each dtype, and where it fits.
 
@@ -156,6 +158,7 @@ def plan(
         dtypes: those to plan for. Default: all, less those whose block size does not divide a tap (see ``notes``).
         device: ggml device name or "auto"; default: every device.
         budget: bytes, or text such as "8GiB": find the largest ``cap`` per dtype whose ring fits in it.
+        rows: "raw", or "fused": one tap, as wide as the draft.
 
     Raises:
         ArgumentError: numbers out of range, or a row that is not determined or contradicts itself.
@@ -163,6 +166,8 @@ def plan(
         DtypeError, DeviceError: unknown names.
     """
     taps, n_embd = _row_shape(width, taps, n_embd)
+    if parse_rows(rows) == FUSED and taps != 1:
+        raise ArgumentError(f"fused rows have one tap, of the draft's n_embd; {taps} were given")
     limit = parse_bytes(budget) if isinstance(budget, str) else budget
     if limit is not None and limit < 0:
         raise ArgumentError(f"budget = {limit} bytes; it cannot be negative")
@@ -174,7 +179,7 @@ def plan(
         entries.append(DtypePlan(dtype, size.row, size.ring, max_cap))
     where = devices() if device is None else [find_device(device)]
     on = tuple(_on_device(d, taps, n_embd, cap, chosen) for d in where)
-    return Plan(taps, n_embd, cap, limit, tuple(entries), on, notes=notes)
+    return Plan(taps, n_embd, cap, limit, tuple(entries), on, rows=rows, notes=notes)
 
 
 def usable_dtypes(

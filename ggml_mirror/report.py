@@ -32,7 +32,7 @@ def make_console(*, stderr: bool = False) -> Console:
 def print_plan(plan: Plan, console: Console, *, source: str = "") -> None:
     """The plan as a table, with free memory and fits per device."""
     row = f"{plan.taps} taps x {plan.n_embd}" if plan.taps > 1 else f"{plan.width} values"
-    table = _table(f"{plan.cap:,} rows of {row}{f' ({source})' if source else ''}")
+    table = _table(f"{plan.cap:,} {plan.rows} rows of {row}{f' ({source})' if source else ''}")
     _columns(table, "dtype", "bytes a row", "bytes in all", "size", "of f32")
     if plan.budget is not None:
         _columns(table, None, f"rows in\n{format_bytes(plan.budget)}")

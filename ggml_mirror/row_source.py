@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .errors import ArgumentError
 from .model_info import DEFAULT_N_TAPS, ModelInfo, default_taps
+from .row_kind import FUSED, RAW, parse_rows
 
 DEFAULT_CAP = 4096  # where no model says how long its context is
 
@@ -20,6 +21,7 @@ class RowSource:
     n_embd: int | None
     cap: int
     source: str = ""
+    rows: str = RAW
 
 
 def row_source(
@@ -30,15 +32,31 @@ def row_source(
     model: Path | None = None,
     draft: Path | None = None,
     cap: int | None = None,
+    rows: str = RAW,
 ) -> RowSource:
     """From numbers, a target (its default taps, or ``taps`` of them), a draft, or a draft with its target.
 
-    ``cap`` None: the context of the target, else of the draft, else 4096.
+    ``cap`` None: the context of the target, else of the draft, else 4096. ``rows`` "fused": one tap, as wide as the draft (a width
+    alone is that of a fused row; without a draft, drafts are as wide as their target).
 
     Raises:
         ArgumentError: sources that contradict each other, or a target where a draft belongs, or the reverse.
         ModelFileError: a file that cannot be read.
     """
+    raw = _raw_source(width, taps, n_embd, model, draft, cap)
+    if parse_rows(rows) == RAW:
+        return raw
+    if draft is not None:
+        return replace(raw, taps=1, n_embd=ModelInfo.read(draft).n_embd, rows=FUSED)
+    if raw.width is None:
+        return replace(raw, taps=1, rows=FUSED)
+    wide = raw.width if raw.taps is None and raw.n_embd is None else raw.n_embd or raw.width // (raw.taps or 1)
+    return replace(raw, width=None, taps=1, n_embd=wide, rows=FUSED)
+
+
+def _raw_source(
+    width: int | None, taps: int | None, n_embd: int | None, model: Path | None, draft: Path | None, cap: int | None
+) -> RowSource:
     if model is None and draft is None:
         if taps is None and width is None and n_embd is not None:
             taps = DEFAULT_N_TAPS

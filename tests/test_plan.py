@@ -16,6 +16,7 @@ from ggml_mirror.dtype import FeatureDtype
 from ggml_mirror.errors import ArgumentError, DeviceError, DtypeError, MirrorMemoryError, ShapeError
 from ggml_mirror.mirror import mirror_size
 from ggml_mirror.plan import MAX_CAP, device_bytes, fitting_dtypes, largest_cap
+from ggml_mirror.row_source import row_source
 
 MIB = 1024**2
 
@@ -240,3 +241,25 @@ def test_what_is_no_size_is_refused(text: str) -> None:
 )
 def test_sizes_are_written_for_people(count: int, text: str) -> None:
     assert format_bytes(count) == text
+
+
+def test_fused_rows_are_as_wide_as_the_draft() -> None:
+    """262,144 positions of a 27B target in 0.70 GiB."""
+    fused = plan(width=5120, cap=262144, rows="fused")
+    assert (fused.rows, fused.taps, fused.n_embd) == ("fused", 1, 5120)
+    assert fused["q4_0"].ring_bytes == fused["iq4_nl"].ring_bytes == 262144 * 2880
+    assert fused["f32"].ring_bytes * 5 == plan(width=25600, cap=262144)["f32"].ring_bytes
+    with pytest.raises(ArgumentError, match="one tap"):
+        plan(taps=5, n_embd=5120, cap=8, rows="fused")
+    with pytest.raises(ArgumentError, match="raw or fused"):
+        plan(width=64, cap=8, rows="liquid")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [{"width": 5120}, {"n_embd": 5120}, {"taps": 5, "n_embd": 5120}, {"taps": 5, "width": 25600}, {"n_embd": 5120, "width": 25600}],
+)  # fmt: skip
+def test_a_raw_row_that_is_given_says_how_wide_a_fused_one_is(row: dict[str, int]) -> None:
+    source = row_source(**row, rows="fused")
+    made = plan(width=source.width, taps=source.taps, n_embd=source.n_embd, cap=8, rows=source.rows)
+    assert (made.taps, made.n_embd) == (1, 5120)
