@@ -73,7 +73,7 @@ def capture(llm: Llama, mirror: Sink | Sequence[Sink], taps: Sequence[int] | Non
 
 
 def attachment(
-    llm: Llama, mirror: FeatureMirror | Sequence[FeatureMirror], taps: Sequence[int] | None = None
+    llm: Llama, mirror: Sink | Sequence[Sink], taps: Sequence[int] | None = None
 ) -> AbstractContextManager[None]:
     """:func:`capture` for a Llama that keeps it itself: what is returned does not refer to the Llama."""
     mirrors: list[Any] = list(mirror) if isinstance(mirror, (list, tuple)) else [mirror]

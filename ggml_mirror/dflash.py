@@ -177,7 +177,13 @@ class DFlashLlama(Llama):
         }
         staging = staging_cap(llama_cpp.llama_n_ubatch(self.ctx), spec) if rows == FUSED else 0
         require_room(
-            spec, self.draft_window, self.feature_dtype, device, lambda w: draft_bytes(spec, window=w, **where), rows, staging
+            spec,
+            self.draft_window,
+            self.feature_dtype,
+            device,
+            lambda w: draft_bytes(spec, window=w, **where),
+            rows,
+            staging,
         )
         # A block is a batch.
         self.draft = Draft(spec, window=self.draft_window, n_threads=self.n_threads_batch, **where)
@@ -272,11 +278,6 @@ class DFlashLlama(Llama):
             self._rollback.evaluated(self.n_tokens - (len(tokens) - 1) % self.n_batch - 1)
         self._commit()
 
-    def close(self) -> None:
-        """Free the target, the draft and the mirror."""
-        if hasattr(self, "_stack"):  # what does not fit together is known before there is anything to free
-            super().close()
-
     def reset(self) -> None:
         """Forget the sequence, its rows included."""
         if self._decoder is not None:
@@ -287,11 +288,6 @@ class DFlashLlama(Llama):
                 SEQUENCE, 0, -1
             )  # a stream may go on from here, and nothing else would remove them
             (self._fuser or self.mirror).clear()
-
-    def close(self) -> None:
-        """Free target, draft and mirror."""
-        if "_stack" in vars(self):  # not so where the arguments were refused
-            super().close()
 
     # ---------------------------------------------------------------------- state
 
