@@ -16,11 +16,12 @@ from .byte_size import format_bytes, parse_bytes
 from .device import Device, find_device
 from .dflash import LLAMA_DEFAULTS, resolve_n_draft, resolve_window
 from .draft import DraftSpec
-from .draft_memory import mirror_cap
+from .draft_memory import mirror_cap, row_shape, staging_cap
 from .dtype import FeatureDtype
 from .errors import ArgumentError, BudgetError, DtypeError
 from .memory_parts import PairCosts, Part, Room, rooms, target_parts
 from .model_info import ModelInfo
+from .row_kind import FUSED, RAW, parse_rows
 from .target_memory import measure
 
 #: What "auto" chooses from, most precise first. f16 is as large as bf16 and cannot hold every value; smaller types cost acceptance.
@@ -123,6 +124,8 @@ def make_budget(
     draft_device: str = "auto",
     n_draft: int | None = None,
     memory_margin: int | str | None = None,
+    feature_rows: str = RAW,
+    draft_kv: str = "f16",
     extra: Sequence[Part] = (),
     **llama_kwargs: Any,
 ) -> Budget:
@@ -164,7 +167,14 @@ def make_budget(
     fixed = (*target_parts(memory, n_outputs=max(outputs, n_draft + 1), lora_path=lora), *extra)
     search = _Search(
         fixed,
-        PairCosts(spec, device, memory.n_vocab),
+        PairCosts(
+            spec,
+            device,
+            memory.n_vocab,
+            parse_rows(feature_rows),
+            draft_kv,
+            staging_cap(memory.n_ubatch, spec) if feature_rows == FUSED else 0,
+        ),
         rooms(),
         resolve_window(draft_window, memory.n_ctx),
         _margin(memory_margin, device),
@@ -222,7 +232,7 @@ class _Search:
 
     def fixed_dtype(self, dtype: FeatureDtype, n_ctx: int) -> Budget:
         if not self.pair.can_hold(dtype):
-            taps, n_embd, good = len(self.pair.spec.taps), self.pair.spec.n_embd_target, self.pair.possible()
+            (taps, n_embd), good = row_shape(self.pair.spec, self.pair.rows), self.pair.possible()
             raise DtypeError(
                 f"{self.pair.device.name} cannot hold rows of {taps} taps x {n_embd} as {dtype}; use one of {', '.join(good)}"
             )

@@ -9,9 +9,10 @@ from typing import Any
 
 from .device import Device, devices, find_device, host_memory
 from .draft import DraftBytes, DraftSpec, draft_bytes
-from .draft_memory import mirror_cap
+from .draft_memory import mirror_cap, row_shape, staging_bytes
 from .dtype import FeatureDtype
 from .mirror import mirror_size
+from .row_kind import RAW
 from .target_memory import BufferBytes, TargetMemory
 
 #: llama.cpp's tables of tokens and merges, for want of anything that tells: what 49,152 tokens of byte-level BPE took.
@@ -93,18 +94,26 @@ def target_parts(memory: TargetMemory, *, n_outputs: int, lora_path: Any = None)
 
 @dataclass(frozen=True)
 class PairCosts:
-    """Draft and mirror on ``device``, at any dtype and window."""
+    """Draft and mirror on ``device``, at any dtype and window. ``staging``: slots for raw rows that wait to be fused."""
 
     spec: DraftSpec
     device: Device
     n_vocab: int
+    rows: str = RAW
+    kv: str = "f16"
+    staging: int = 0
     _drafts: dict[int, DraftBytes] = field(default_factory=dict, repr=False)
 
     def parts(self, dtype: FeatureDtype | None, window: int) -> tuple[Part, ...]:
         """What they take; without a dtype, the draft alone."""
         if window not in self._drafts:
             self._drafts[window] = draft_bytes(
-                self.spec, n_vocab=self.n_vocab, device_index=self.device.index, window=window
+                self.spec,
+                n_vocab=self.n_vocab,
+                device_index=self.device.index,
+                window=window,
+                rows=self.rows,
+                kv=self.kv,
             )
         draft, here = self._drafts[window], self.device.name
         parts = [
@@ -114,9 +123,17 @@ class PairCosts:
         ]
         if dtype is not None:
             cap = mirror_cap(self.spec, window)
-            size = mirror_size(len(self.spec.taps), self.spec.n_embd_target, cap, dtype, self.device.index)
+            size = mirror_size(*row_shape(self.spec, self.rows), cap, dtype, self.device.index)
+            kind = "" if self.rows == RAW else f"{self.rows} "
             parts += [
-                Part("mirror", "mirror", here, size.ring, f"{dtype}, {cap:,} rows x {size.row:,} B"),
+                Part("mirror", "mirror", here, size.ring, f"{dtype}, {cap:,} {kind}rows x {size.row:,} B"),
+                Part(
+                    "raw_rows",
+                    "raw rows",
+                    here,
+                    staging_bytes(self.spec, self.staging, self.device),
+                    "f32, a micro-batch",
+                ),
                 Part("mirror_staging", "mirror staging", here, size.staging, at_most=True),
                 Part("mirror_bookkeeping", "mirror bookkeeping", find_device("cpu").name, size.bookkeeping),
             ]
@@ -124,7 +141,7 @@ class PairCosts:
 
     def can_hold(self, dtype: FeatureDtype) -> bool:
         """The device can capture rows into this dtype and read them back."""
-        taps, n_embd = len(self.spec.taps), self.spec.n_embd_target
+        taps, n_embd = row_shape(self.spec, self.rows)
         if n_embd % dtype.block_size:
             return False
         support = self.device.supports(dtype, taps=taps, n_embd=n_embd)

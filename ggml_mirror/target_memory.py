@@ -63,6 +63,7 @@ class TargetMemory:
     n_ctx: int
     n_vocab: int
     n_batch: int
+    n_ubatch: int
     context_name: str
     cache_types: tuple[str, str]
     output_device: Device
@@ -95,6 +96,7 @@ def measure(model_path: str | os.PathLike[str], *, n_draft: int | None = None, *
                 llm.n_ctx(),
                 llm.n_vocab(),
                 llm.n_batch,
+                llama_cpp.llama_n_ubatch(llm.ctx),
                 _context_name(llm),
                 (_type_name(llm.context_params.type_k), _type_name(llm.context_params.type_v)),
                 _output_device(llm),

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from ggml_mirror import FeatureMirror, capture
+from ggml_mirror.budget import make_budget
 from ggml_mirror.dflash import DFlashLlama
 from ggml_mirror.errors import (
     ArgumentError,
@@ -148,3 +149,20 @@ def test_keys_and_values_otherwise(kv: str, demo_target: Path, demo_draft: Path)
         assert [text for text, _ in others] == [text for text, _ in runs]
         assert sum(sum(steps) for _, steps in others) > 0.9 * sum(sum(steps) for _, steps in runs)
         assert their_size < 0.6 * size
+
+
+def test_the_budget_is_what_is_allocated(pair: Pair) -> None:
+    options = {
+        "draft_path": pair.draft(),
+        "feature_dtype": "q4_0",
+        "feature_rows": "fused",
+        "n_ctx": N_CTX,
+    }
+    budget = make_budget(pair.target("llama"), **options, n_ubatch=32)
+    llm = pair.dflash(feature_dtype="q4_0", feature_rows="fused", n_ubatch=32)
+    parts = {part.id: part.bytes for part in budget.parts}
+    assert parts["mirror"] == llm.mirror.nbytes
+    assert parts["draft_kv"] == llm.draft.bytes.kv
+    assert llm._fuser is not None
+    assert parts["raw_rows"] >= llm._fuser.staging.nbytes == 32 * 4 * len(llm.draft_spec.taps) * N_EMBD
+    assert pair.dflash(feature_dtype="auto", feature_rows="fused").feature_dtype.value == "f32"
