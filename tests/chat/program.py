@@ -46,7 +46,14 @@ class Terminal:
             os.execv(sys.executable, [sys.executable, "-c", _CODE, *map(str, arguments)])
 
     def type(self, keys: str) -> None:
-        os.write(self.fd, keys.encode())
+        data = keys.encode()
+        while data:
+            # Both ways at once: neither side takes more while what it echoed has not been read.
+            readable, writable, _ = select.select([self.fd], [self.fd], [])
+            if readable:
+                self.seen += os.read(self.fd, 65536).decode("utf-8", "replace")
+            if writable:
+                data = data[os.write(self.fd, data[:256]) :]
 
     def interrupt(self) -> None:
         """Ctrl-C, by the terminal: as a signal to whatever runs in it."""

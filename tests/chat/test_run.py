@@ -283,8 +283,8 @@ def test_ctrl_c_stops_an_answer_and_the_session_goes_on(terminal: Any) -> None:
 
 def test_ctrl_c_during_a_long_prompt(terminal: Any, said: Any) -> None:
     """Before the first piece it stops at once, and nothing was asked."""
-    t = terminal("-c", 30000, "-b", 32, "-ub", 32)
-    for _ in range(40):  # a terminal takes 4096 characters a line
+    t = terminal("-c", 60000, "-b", 32, "-ub", 32)
+    for _ in range(80):  # a terminal takes 4096 characters a line
         t.type("word " * 120 + "\\\n")
     t.type("end\n")
     t.expect(r"end\r\n")
@@ -293,7 +293,7 @@ def test_ctrl_c_during_a_long_prompt(terminal: Any, said: Any) -> None:
     t.expect(r"\(stopped\)", timeout=20)
     t.expect(r"> ")
     t.type("/stats\n")
-    t.expect(r"messages +│ +(\d+) ")
+    assert t.expect(r"messages +│ +(\d+) ")[1] == "0"
     t.type("Once upon\n")
     t.expect(r"\[12 tokens")
     t.expect(r"> ")
