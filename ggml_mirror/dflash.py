@@ -10,9 +10,11 @@ from typing import Any
 
 import llama_cpp
 import numpy as np
+import numpy.typing as npt
 from llama_cpp import Llama, LlamaState
 
-from .capture import SEQUENCE, Hook, attachment, in_use, put_state, take_state
+from .cache_entry import Coverage, run_start
+from .capture import SEQUENCE, Hook, attachment, in_use
 from .device import find_device
 from .draft import Draft, DraftSpec, draft_bytes
 from .draft_memory import mirror_cap, require_room, row_shape, staging_cap
@@ -23,8 +25,10 @@ from .fingerprint import fingerprint
 from .fuser import Fuser
 from .mirror import FeatureMirror
 from .model_info import ModelInfo
-from .rollback import Rollback, wants_snapshots
+from .prompt_grid import PromptGrid
+from .rollback import Rollback, first_cut, wants_snapshots
 from .row_kind import FUSED, RAW, parse_rows
+from .sequence_state import last_logits, put_sequence, sample_logits, take_sequence
 from .snapshot import Snapshot
 
 #: Context rows that the draft attends to unless told otherwise.
@@ -53,9 +57,16 @@ def resolve_window(draft_window: int | None, n_ctx: int) -> int:
 
 
 class DFlashState(LlamaState):
-    """A saved state of the target together with the mirror's rows in storage bytes."""
+    """A saved state of the target together with the mirror's rows in storage bytes.
+
+    Attributes:
+        first_cut: earliest position to which the target's state can be cut back.
+        n_prompt, n_exact: the first ``n_exact`` tokens were evaluated in the batches of a prompt of ``n_prompt`` tokens.
+    """
 
     mirror: Snapshot
+    first_cut: int
+    n_prompt = n_exact = 0
 
 
 class DFlashLlama(Llama):
@@ -94,6 +105,9 @@ class DFlashLlama(Llama):
 
     #: Between capture and a mirror of fused rows.
     _fuser: Fuser | None = None
+
+    #: The first ``_n_exact`` tokens were evaluated in the batches in which a prompt of ``_n_prompt`` tokens always is.
+    _n_prompt = _n_exact = 0
 
     def __init__(
         self,
@@ -209,7 +223,18 @@ class DFlashLlama(Llama):
             )
         self._stack.enter_context(attachment(self, self._fuser or self.mirror, spec.taps))
         self._rollback = Rollback(self, self.n_draft)
+        self._grid = PromptGrid.of(self)
         self.stats = DraftStats()
+
+    def set_cache(self, cache: Any) -> None:
+        """As ``Llama.set_cache``: a :class:`ggml_mirror.PrefixCache` of this model, one of llama_cpp's caches, or None.
+
+        Raises:
+            ArgumentError: a prefix cache of another model.
+        """
+        if hasattr(cache, "serves") and not cache.serves(self):
+            raise ArgumentError("this PrefixCache was made for another model; make one for this one")
+        super().set_cache(cache)
 
     # ------------------------------------------------------------------ decoding
 
@@ -269,6 +294,7 @@ class DFlashLlama(Llama):
     def eval(self, tokens: Sequence[int]) -> None:
         """As ``Llama.eval``: evaluate tokens after the committed ones."""
         self._settle()
+        self._n_exact = min(self._n_exact, self.n_tokens)
         try:
             super().eval(tokens)
         except BaseException:
@@ -282,6 +308,7 @@ class DFlashLlama(Llama):
         """Forget the sequence, its rows included."""
         if self._decoder is not None:
             self._decoder.forget()
+        self._n_exact = 0
         super().reset()
         if hasattr(self, "mirror") and not self.mirror.closed:
             self._ctx.kv_cache_seq_rm(
@@ -294,7 +321,7 @@ class DFlashLlama(Llama):
     def save_state(self) -> DFlashState:
         """The target's state and the mirror's rows, in storage bytes."""
         self._settle()
-        target, rows = take_state(self.ctx), self.mirror.snapshot()
+        target, rows = take_sequence(self.ctx), self.mirror.snapshot()
         state = DFlashState(
             input_ids=self.input_ids.copy(),
             # Without logits_all nothing reads old scores; the base class would copy n_batch x n_vocab of them.
@@ -304,7 +331,8 @@ class DFlashLlama(Llama):
             llama_state_size=len(target) + rows.nbytes,  # what LlamaRAMCache compares with its capacity
             seed=self._seed,
         )
-        state.mirror = rows
+        state.mirror, state.first_cut = rows, first_cut(self)
+        state.n_prompt, state.n_exact = self._n_prompt, min(self._n_exact, self.n_tokens)
         return state
 
     def load_state(self, state: LlamaState) -> None:
@@ -319,11 +347,12 @@ class DFlashLlama(Llama):
                 "the state was saved without a mirror; save it with a DFlashLlama. Nothing was changed"
             )
         snapshot.require_fit(self.mirror)
+        snapshot._require_sound("the state's snapshot")
         if len(state.input_ids) != len(self.input_ids):
             raise SnapshotMismatchError(
                 f"the state is of n_ctx {len(state.input_ids)}, this model has {len(self.input_ids)}; nothing was changed"
             )
-        if not put_state(self.ctx, state.llama_state):
+        if not put_sequence(self.ctx, state.llama_state):
             # llama.cpp may have taken a part: neither side may be trusted.
             self.reset()
             raise RuntimeError("llama.cpp did not take the saved state; the sequence was reset")
@@ -332,7 +361,9 @@ class DFlashLlama(Llama):
         if self._fuser is not None:
             self._fuser.clear()
         self.mirror.restore(snapshot)
+        self._ctx.kv_cache_seq_rm(SEQUENCE, state.n_tokens, -1)  # a prefix cache may want less than was saved
         self._rollback.loaded(state.n_tokens)
+        self._n_prompt, self._n_exact = getattr(state, "n_prompt", 0), getattr(state, "n_exact", 0)
         if self._logits_all and len(state.scores):
             self.scores[: len(state.scores)] = state.scores
         self.input_ids = state.input_ids.copy()
@@ -347,9 +378,49 @@ class DFlashLlama(Llama):
 
     # -------------------------------------------------------------------- steps
 
-    def _keep_prefix(self, tokens: list[int]) -> int:
-        """Cut the sequence back to the longest prefix that it shares with ``tokens``; at least one token is left to evaluate."""
+    def reusable(self, tokens: Sequence[int]) -> int:
+        """How many of a prompt's tokens need not be evaluated if the sequence is cut back to them; at least one is left.
+
+        With a prefix cache, only what would come out the same from nothing: generated tokens were evaluated in other batches, and
+        rows that the draft's window would have must still be there.
+        """
         shared: int = self.longest_token_prefix(self._input_ids.tolist(), tokens[:-1])
+        if self._prefix_cache is not None:
+            first_row = run_start(self.mirror.positions, self.n_tokens)
+            live = Coverage(min(self._n_exact, self.n_tokens), self._n_prompt, first_row, first_cut=0, logits=False)
+            shared = live.usable(shared, len(tokens), self.draft_window, self._grid)
+        return shared if self._rollback.can_drop(shared) else 0
+
+    @property
+    def _prefix_cache(self) -> Any:
+        """The cache, if it is one that is asked here, and not by ``Llama``; else None."""
+        return self.cache if hasattr(self.cache, "serves") else None
+
+    def _begin(self, tokens: list[int]) -> tuple[int, npt.NDArray[np.float32] | None]:
+        """Evaluate a prompt, but for what the sequence or a prefix cache has of it.
+
+        Returns:
+            How many tokens that is, and the logits behind the prompt if nothing had to be evaluated.
+        """
+        cache = self._prefix_cache
+        if cache is not None:
+            logits = cache.restore(tokens)
+            if logits is not None:
+                return len(tokens), logits
+        kept = self._keep_prefix(tokens)
+        exact, ends = kept <= self._n_exact, self._grid.ends(len(tokens))
+        for end in ends[ends > kept].tolist():
+            if cache is not None and end == len(tokens) and self.n_tokens > kept and self._rollback.means != "cells":
+                # The state behind the prompt cannot be cut back to here, where a longer prompt would go on from.
+                cache.keep()
+            self.eval(tokens[self.n_tokens : end])
+            if exact:
+                self._n_prompt, self._n_exact = len(tokens), end
+        return kept, None
+
+    def _keep_prefix(self, tokens: list[int]) -> int:
+        """Cut the sequence back to what can be used of it for ``tokens``."""
+        shared = self.reusable(tokens)
         if shared == 0 or not self._rollback.drop(shared):
             self.reset()
             return 0
@@ -382,6 +453,7 @@ class DFlashLlama(Llama):
     def _evaluate(self, tokens: Sequence[int]) -> None:
         """Evaluate tokens after the sequence, keeping every position's logits; ``n_tokens`` is left to the caller."""
         n_past = self.n_tokens
+        self._n_exact = min(self._n_exact, n_past)
         self._batch.set_batch(batch=tokens, n_past=n_past, logits_all=True)
         self._ctx.decode(self._batch)
         self._rollback.evaluated(n_past)
@@ -412,15 +484,23 @@ class _Decoder:
             raise ArgumentError("there are no tokens to generate from")
         started = time.perf_counter()
         self.stats.prompt_tokens = len(tokens)
+        self.kept_logits: npt.NDArray[np.float32] | None = None  # of the next token, in place of the context's own
+        self.prompt_logits: npt.NDArray[np.float32] | None = None  # behind a prompt that a prefix cache is to get
         if reset:
-            self.stats.prefix_reused = llm._keep_prefix(tokens)
-            tokens = tokens[self.stats.prefix_reused :]
-        llm.eval(tokens)
+            self.stats.prefix_reused, self.kept_logits = llm._begin(tokens)
+            if llm._prefix_cache is not None and self.kept_logits is None:
+                self.prompt_logits = last_logits(llm.ctx, llm._n_vocab)
+        else:
+            llm.eval(tokens)
         self.stats.prefill_s = time.perf_counter() - started
 
     def sample(self) -> int:
         started = time.perf_counter()
-        token: int = self.sampler.sample(self.llm._ctx, self.row)
+        if self.kept_logits is not None:
+            token = sample_logits(self.sampler.sampler, self.kept_logits)
+            self.kept_logits = None
+        else:
+            token = self.sampler.sample(self.llm._ctx, self.row)
         elapsed = time.perf_counter() - started
         self.stats.sample_s += elapsed
         if self.stats.tokens:
@@ -434,6 +514,7 @@ class _Decoder:
             raise ClosedError(
                 "this stream ended when the model was called again; streams of one model cannot be interleaved"
             )
+        self._keep_prompt()
         started = time.perf_counter()
         try:
             if self.ahead and tokens == self.ahead[:1]:
@@ -447,6 +528,13 @@ class _Decoder:
             self._advance(tokens)
         finally:
             self.stats.decode_s += time.perf_counter() - started
+
+    def _keep_prompt(self) -> None:
+        """Give the prompt's state to the cache, as long as it is the state: when the first token is out, which need not wait for it."""
+        logits, self.prompt_logits = self.prompt_logits, None
+        cache = self.llm._prefix_cache
+        if logits is not None and cache is not None and self.llm.n_tokens == self.stats.prompt_tokens:
+            cache.keep(logits)
 
     def _advance(self, tokens: list[int]) -> None:
         llm = self.llm
@@ -522,6 +610,7 @@ class _Decoder:
             return
         try:
             if llm._ctx.ctx is not None and not llm.mirror.closed:
+                self._keep_prompt()
                 self.settle()
                 llm._commit()
                 llm._requires_eval = True  # the last evaluation's logits are no longer those of the last position

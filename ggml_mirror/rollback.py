@@ -35,6 +35,16 @@ def _slides(llm: Llama) -> bool:
     return llama_cpp.llama_model_n_swa(llm.model) > 0 and not llm.context_params.swa_full
 
 
+def first_cut(llm: Llama) -> int:
+    """Earliest position to which the sequence, if it is saved now and loaded again, can be cut back."""
+    if _keeps_running_state(llm):
+        return llm.n_tokens
+    if not _slides(llm):
+        return 0
+    first: int = llama_cpp.llama_memory_seq_pos_min(llm._ctx.memory, SEQUENCE)
+    return min(llm.n_tokens, first + llama_cpp.llama_model_n_swa(llm.model)) if first > 0 else 0
+
+
 class Rollback:
     """How one context is cut back. ``means`` is "cells", "snapshots" or "copies".
 
@@ -65,17 +75,23 @@ class Rollback:
         """The context took a state of ``n_tokens`` positions."""
         self._earliest = n_tokens
 
-    def drop(self, position: int) -> bool:
-        """Drop positions >= ``position``, if the state there can still be had; else nothing was changed."""
-        context = self._context
+    def can_drop(self, position: int) -> bool:
+        """Can the state at ``position`` still be had?"""
         if self._window:
             # llama.cpp cuts a sliding cache back even if what a token at this position attends to has slid out.
-            first = llama_cpp.llama_memory_seq_pos_min(context.memory, SEQUENCE)
-            if not 0 <= first <= max(0, position - self._window):
+            first: int = llama_cpp.llama_memory_seq_pos_min(self._context.memory, SEQUENCE)
+            return 0 <= first <= max(0, position - self._window)
+        if self.means == "snapshots":
+            return position >= self._earliest
+        last: int = llama_cpp.llama_memory_seq_pos_max(self._context.memory, SEQUENCE)
+        return self.means == "cells" or position > last
+
+    def drop(self, position: int) -> bool:
+        """Drop positions >= ``position``, if the state there can still be had; else nothing was changed."""
+        if self._window or self.means == "snapshots":
+            if not self.can_drop(position):
                 return False
-        if self.means == "snapshots" and position < self._earliest:
-            return False
-        if not context.kv_cache_seq_rm(SEQUENCE, position, -1):
+        if not self._context.kv_cache_seq_rm(SEQUENCE, position, -1):
             return False
         self._earliest = position
         return True

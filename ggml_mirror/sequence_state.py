@@ -1,0 +1,83 @@
+"""The state of a context's one sequence as bytes, and the logits behind it as an array."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import llama_cpp
+import numpy as np
+import numpy.typing as npt
+
+from .capture import SEQUENCE
+from .errors import CaptureError
+
+#: A bytes object that is still to be filled, before anybody sees it: Python's C interface has it so. Others are written twice.
+_new_bytes = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_ssize_t)(
+    ("PyBytes_FromStringAndSize", ctypes.pythonapi)
+)
+
+_token_data = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
+
+
+def take_sequence(ctx: Any) -> bytes:
+    """The sequence's state, in one copy."""
+    whole = _takes_context(ctx)
+    size = llama_cpp.llama_state_get_size(ctx) if whole else llama_cpp.llama_state_seq_get_size_ext(ctx, SEQUENCE, 0)
+    state: bytes = _new_bytes(None, size)
+    data = ctypes.cast(ctypes.c_char_p(state), ctypes.POINTER(ctypes.c_uint8))
+    if whole:
+        written = llama_cpp.llama_state_get_data(ctx, data, size)
+    else:
+        written = llama_cpp.llama_state_seq_get_data_ext(ctx, data, size, SEQUENCE, 0)
+    if written != size:
+        raise CaptureError(f"llama.cpp wrote {written} bytes of the sequence's state, {size} were announced")
+    return state
+
+
+def put_sequence(ctx: Any, state: Any) -> bool:
+    """Replace the sequence by one that was taken; False: llama.cpp did not take it whole.
+
+    Args:
+        state: anything with the buffer protocol; it is not copied.
+    """
+    array = np.frombuffer(state, np.uint8)
+    data, size = array.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8)), len(array)
+    taken: int
+    if _takes_context(ctx):
+        taken = llama_cpp.llama_state_set_data(ctx, data, size)
+    else:
+        taken = llama_cpp.llama_state_seq_set_data_ext(ctx, data, size, SEQUENCE, 0)
+    return taken == size
+
+
+def _takes_context(ctx: Any) -> bool:
+    """Is the state of the context needed, instead of the sequence's?
+
+    Putting back a context's state first clears its whole cache, however little of it is used. But a sequence's lacks what has slid out of
+    an attention window, even where the cache still has it (``swa_full``), and could not be cut back.
+    """
+    return bool(llama_cpp.llama_model_n_swa(llama_cpp.llama_get_model(ctx)) > 0)
+
+
+def last_logits(ctx: Any, n_vocab: int) -> npt.NDArray[np.float32]:
+    """Logits behind the token that was evaluated last, float32 ``[1, n_vocab]``."""
+    return np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(ctx, -1), shape=(1, n_vocab)).copy()
+
+
+def sample_logits(sampler: Any, logits: npt.NDArray[np.float32]) -> int:
+    """Let a chain of samplers choose a token, as ``llama_sampler_sample`` does from a context's own logits.
+
+    Args:
+        sampler: address of the chain.
+        logits: float32 ``[1, n_vocab]``.
+    """
+    data = np.zeros(logits.size, _token_data)
+    data["id"], data["logit"] = np.arange(logits.size), logits.ravel()
+    candidates = llama_cpp.llama_token_data_array(
+        data=data.ctypes.data_as(llama_cpp.llama_token_data_p), size=len(data), selected=-1, sorted=False
+    )
+    llama_cpp.llama_sampler_apply(sampler, ctypes.byref(candidates))
+    token = int(data["id"][candidates.selected])
+    llama_cpp.llama_sampler_accept(sampler, token)
+    return token
