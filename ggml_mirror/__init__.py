@@ -10,6 +10,7 @@ __all__ = [
     "FeatureDtype",
     "FeatureMirror",
     "GgmlMirrorError",
+    "PrefixCache",
     "Snapshot",
     "__version__",
     "capture",
@@ -31,6 +32,7 @@ try:
     from .fingerprint import fingerprint
     from .mirror import FeatureMirror
     from .plan import plan
+    from .prefix_cache import PrefixCache
     from .snapshot import Snapshot
 
     __version__: str = _text(_lib.gm_version())

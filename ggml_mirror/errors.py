@@ -115,6 +115,18 @@ class SnapshotMismatchError(SnapshotError):
     """A sound snapshot that belongs to another mirror (dtype, taps, widths, cap, target or draft)."""
 
 
+class CacheFileError(GgmlMirrorError):
+    """A file of a prefix cache that cannot be used.
+
+    Attributes:
+        reason: "corrupt", "version", "identity", "unsafe" or "unreadable"; the name under which it is counted.
+    """
+
+    def __init__(self, message: str, *, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
 class ModelFileError(GgmlMirrorError):
     """A GGUF file is missing, truncated, foreign, or lacks what is needed."""
 

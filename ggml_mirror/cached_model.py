@@ -1,0 +1,229 @@
+"""What a prefix cache needs of a model, be it a DFlashLlama or a plain Llama: entries of its states, and states of entries."""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Generator, Sequence
+from typing import Any
+
+import numpy as np
+from llama_cpp import Llama, LlamaState
+
+from .cache_entry import Coverage, Entry, run_start
+from .capture import SEQUENCE
+from .dflash import DFlashLlama, DFlashState
+from .errors import ClosedError, GgmlMirrorError
+from .prefix_index import key_tokens, shared_length, token_key
+from .prompt_grid import PromptGrid
+from .rollback import first_cut
+from .sequence_state import put_sequence, take_sequence
+from .snapshot import Snapshot, SnapshotHeader
+
+
+class CachedModel:
+    """A DFlashLlama, whose states carry the mirror's rows. It is not kept alive."""
+
+    def __init__(self, llm: Llama) -> None:
+        self._llm = weakref.ref(llm)
+        self.grid = PromptGrid.of(llm)
+
+    @property
+    def llm(self) -> Any:
+        llm = self._llm()
+        if llm is None or llm._ctx.ctx is None:
+            raise ClosedError("the model of this cache is closed")
+        return llm
+
+    @property
+    def window(self) -> int:
+        """Rows that the draft attends to."""
+        window: int = self.llm.draft_window
+        return window
+
+    def reusable(self, tokens: Sequence[int]) -> int:
+        """Tokens of a prompt that the model need not evaluate again if nothing is put into it."""
+        kept: int = self.llm.reusable(tokens)
+        return kept
+
+    def take(self) -> LlamaState:
+        """The model's state as it is."""
+        state: LlamaState = self.llm.save_state()
+        return state
+
+    def entry(self, state: LlamaState, logits: np.ndarray[Any, Any] | None) -> Entry | str:
+        """What to keep of a state that :meth:`take` gave, or why not to keep it.
+
+        Args:
+            logits: float32 ``[1, n_vocab]`` behind its last token, if the state is that behind a whole prompt.
+        """
+        if not isinstance(state, DFlashState):
+            return "without_rows"
+        snapshot, n = state.mirror, state.n_tokens
+        complete = snapshot.tap_masks == (1 << snapshot.header.taps) - 1
+        first_row = run_start(snapshot.positions[complete], n)
+        rows = snapshot.rows[len(snapshot.rows) - (n - first_row) :]
+        return self._entry(state, (state.n_prompt, state.n_exact), (first_row, state.first_cut), rows, logits)
+
+    def _entry(
+        self,
+        state: LlamaState,
+        evaluated: tuple[int, int],
+        reach: tuple[int, int],
+        rows: np.ndarray[Any, Any],
+        logits: np.ndarray[Any, Any] | None,
+    ) -> Entry | str:
+        n, none = state.n_tokens, np.empty((0, self.llm._n_vocab), np.float32)
+        n_prompt, n_exact = evaluated
+        if n == 0:
+            return "empty"
+        if n > n_exact:
+            return "not_a_prompt"
+        return Entry(
+            key=token_key(state.input_ids[:n]),
+            coverage=Coverage(n, n_prompt, *reach, logits=logits is not None),
+            target=state.llama_state,
+            rows=rows,
+            logits=none if logits is None else logits,
+            scores=state.scores[:n] if self.llm._logits_all else none,
+        )
+
+    def state(self, entry: Entry, n_tokens: int) -> LlamaState:
+        """The entry's first ``n_tokens`` tokens as a state; the target's part may hold more, which loading cuts off."""
+        mirror = self.llm.mirror
+        state: DFlashState = self._fill(DFlashState.__new__(DFlashState), entry, n_tokens)
+        first = max(n_tokens - mirror.cap, entry.coverage.first_row)
+        rows = entry.rows[max(first - entry.coverage.first_row, 0) : max(n_tokens - entry.coverage.first_row, 0)]
+        count = len(rows)
+        header = SnapshotHeader(
+            rows=mirror.rows,
+            dtype=mirror.dtype.value,
+            taps=mirror.taps,
+            n_embd=mirror.n_embd,
+            cap=mirror.cap,
+            row_bytes=mirror.row_nbytes,
+            first_position=first if count else -1,
+            count=count,
+            target=mirror.target,
+            draft=mirror.draft,
+        )
+        positions, masks = (
+            np.arange(first, first + count, dtype=np.int64),
+            np.full(count, (1 << mirror.taps) - 1, np.uint64),
+        )
+        state.mirror = Snapshot(header, positions, masks, rows.reshape(count, mirror.row_nbytes))
+        state.first_cut = entry.coverage.first_cut
+        state.n_prompt, state.n_exact = entry.coverage.n_prompt, n_tokens
+        return state
+
+    def _fill(self, state: Any, entry: Entry, n_tokens: int) -> Any:
+        llm = self.llm
+        state.input_ids = np.full(len(llm.input_ids), -1, np.intc)
+        state.input_ids[:n_tokens] = key_tokens(entry.key)[:n_tokens]
+        state.n_tokens, state.scores = n_tokens, entry.scores[:n_tokens]
+        state.llama_state, state.llama_state_size = entry.target, len(entry.target)
+        state.seed = llm._seed  # the model's own: a cached prompt must not fix what is sampled after it
+        return state
+
+    def load(self, state: LlamaState) -> None:
+        """Become the state, or nothing.
+
+        Raises:
+            GgmlMirrorError, RuntimeError: it was not taken; the sequence is as it was, or empty.
+        """
+        self.llm.load_state(state)
+
+
+class _PlainState(LlamaState):
+    n_prompt: int
+
+
+class PlainModel(CachedModel):
+    """A plain Llama. Its ``generate`` is wrapped, so that prompts are evaluated as those of a DFlashLlama are.
+
+    Args:
+        cache: what the wrapper works with, while it is the model's (``set_cache``).
+    """
+
+    def __init__(self, llm: Llama, cache: Any) -> None:
+        super().__init__(llm)
+        self._cache = weakref.ref(cache)
+        # What the model was last given: a prompt's length, and the tokens that were evaluated in the batches of such a prompt.
+        self._n_prompt, self._exact = 0, b""
+        self._generate = type(llm).generate
+        llm.generate = self.generate  # type: ignore[method-assign]
+
+    @property
+    def window(self) -> int:
+        return 0
+
+    def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
+        """As ``Llama.generate``."""
+        llm, cache = self.llm, self._cache()
+        given = inspect.signature(self._generate).bind(llm, tokens, *args, **kwargs).arguments
+        if cache is not None and llm.cache is cache and given.get("reset", True) and tokens:
+            self._begin(cache, list(tokens))
+        yield from self._generate(llm, tokens, *args, **kwargs)
+
+    def _begin(self, cache: Any, tokens: list[int]) -> None:
+        """Evaluate a prompt, but for what the model or the cache has of it. ``Llama.generate`` finds it done, and samples."""
+        llm = self.llm
+        cache.restore(tokens)
+        kept = self.reusable(tokens)
+        if kept == 0:
+            llm.reset()
+        llm._ctx.kv_cache_seq_rm(SEQUENCE, kept, -1)
+        llm.n_tokens = kept
+        ends = self.grid.ends(len(tokens))
+        for end in ends[ends > kept].tolist():
+            if end == len(tokens) and llm.n_tokens > kept:
+                cache.keep()  # without the last batch: that has to be evaluated in any case, since Llama samples from its logits
+            llm.eval(tokens[llm.n_tokens : end])
+            self._n_prompt, self._exact = len(tokens), token_key(tokens[:end])
+
+    def reusable(self, tokens: Sequence[int]) -> int:
+        llm = self.llm
+        # Others may have evaluated something since.
+        n_exact = shared_length(token_key(llm._input_ids), self._exact)
+        live = Coverage(n_exact, self._n_prompt, n_exact, first_cut=0, logits=False)
+        kept = live.usable(shared_length(self._exact[: 4 * n_exact], token_key(tokens)), len(tokens), 0, self.grid)
+        return kept if kept >= first_cut(llm) else 0
+
+    def take(self) -> LlamaState:
+        # Llama.save_state copies n_batch x n_vocab scores, which nothing reads again without logits_all, and the state three times.
+        llm = self.llm
+        target = take_sequence(llm.ctx)
+        return LlamaState(
+            input_ids=llm.input_ids,
+            scores=llm._scores.copy() if llm._logits_all else np.empty((0, llm._n_vocab), np.single),
+            n_tokens=llm.n_tokens,
+            llama_state=target,
+            llama_state_size=len(target),
+            seed=llm._seed,
+        )
+
+    def entry(self, state: LlamaState, logits: np.ndarray[Any, Any] | None) -> Entry | str:
+        n_exact = shared_length(token_key(state.input_ids[: state.n_tokens]), self._exact)
+        reach, none = (state.n_tokens, first_cut(self.llm)), np.empty((0, 0), np.uint8)
+        return self._entry(state, (self._n_prompt, n_exact), reach, none, None)
+
+    def state(self, entry: Entry, n_tokens: int) -> LlamaState:
+        state: _PlainState = self._fill(_PlainState.__new__(_PlainState), entry, n_tokens)
+        state.n_prompt = entry.coverage.n_prompt
+        return state
+
+    def load(self, state: Any) -> None:
+        llm = self.llm
+        if not put_sequence(llm.ctx, state.llama_state):
+            llm.reset()
+            llm._ctx.kv_cache_seq_rm(SEQUENCE, 0, -1)
+            raise GgmlMirrorError("llama.cpp did not take the saved state; the sequence was reset")
+        llm._ctx.kv_cache_seq_rm(SEQUENCE, state.n_tokens, -1)
+        if llm._logits_all:
+            llm.scores[: len(state.scores)] = state.scores
+        llm.input_ids, llm.n_tokens, llm._requires_eval = state.input_ids, state.n_tokens, True
+        self._n_prompt, self._exact = state.n_prompt, token_key(state.input_ids[: state.n_tokens])
+
+
+def cached_model(llm: Llama, cache: Any) -> CachedModel:
+    return CachedModel(llm) if isinstance(llm, DFlashLlama) else PlainModel(llm, cache)
