@@ -16,12 +16,11 @@ class CacheCounters:
         misses: prompts of which nothing was found.
         reused_tokens: prompt tokens that were not evaluated, by the same names.
         restores, restore_s: states that were put into the model, and seconds from the lookup on, by "ram" or "disk".
-        stored: sequences taken, by "ram" or "disk".
-        evictions: sequences that had to go for others, by "ram" or "disk".
-        superseded: sequences dropped because a longer one brings back as much, by "ram" or "disk".
-        not_stored: sequences that were not taken, by reason: "ram_too_large", "disk_too_large" (than the whole budget), "disk_no_room"
-            (files could not be removed), "disk_slow" (memory is full of what still waits to be written), "cannot_be_cut" (a plain Llama
-            with a running state, which it never goes back to), "without_rows", "empty", "closed".
+        stored: prompts taken, by "ram" or "disk".
+        evictions: prompts that had to go for others, by "ram" or "disk".
+        not_stored: prompts that were not taken, by reason: "ram_too_large", "disk_too_large" (than the whole budget), "disk_no_room" (files
+            could not be removed), "disk_slow" (memory is full of what still waits to be written), "not_a_prompt" (tokens were generated
+            since), "without_rows", "other_order" (:func:`ggml_mirror.rollback.moves_by_blocks`), "failed" (to be saved), "closed".
         skipped: files and entries that were not used, by reason: "corrupt", "version", "identity" (of another model or other parameters),
             "unsafe" (no regular file of this user), "unreadable", "foreign", "memory" (no room for it), "refused" (by llama.cpp).
         disk_errors: failures to write, remove or list, by name of the system's error (ENOSPC, EACCES, ...).
@@ -35,7 +34,6 @@ class CacheCounters:
     restore_s: dict[str, float] = field(default_factory=dict)
     stored: Counter[str] = field(default_factory=Counter)
     evictions: Counter[str] = field(default_factory=Counter)
-    superseded: Counter[str] = field(default_factory=Counter)
     not_stored: Counter[str] = field(default_factory=Counter)
     skipped: Counter[str] = field(default_factory=Counter)
     disk_errors: Counter[str] = field(default_factory=Counter)

@@ -8,6 +8,7 @@ from collections.abc import Generator, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from llama_cpp import Llama, LlamaState
 
 from .cache_entry import Coverage, Entry, run_start
@@ -16,7 +17,7 @@ from .dflash import DFlashLlama, DFlashState
 from .errors import ClosedError, GgmlMirrorError
 from .prefix_index import key_tokens, shared_length, token_key
 from .prompt_grid import PromptGrid
-from .rollback import first_cut
+from .rollback import first_cut, has_slid, moves_by_blocks
 from .sequence_state import put_sequence, take_sequence
 from .snapshot import Snapshot, SnapshotHeader
 
@@ -46,12 +47,25 @@ class CachedModel:
         kept: int = self.llm.reusable(tokens)
         return kept
 
-    def take(self) -> LlamaState:
-        """The model's state as it is."""
-        state: LlamaState = self.llm.save_state()
+    def take(self) -> LlamaState | str:
+        """The model's state as it is, or why it is not worth keeping."""
+        llm = self.llm
+        state: LlamaState | str = self.objection(llm.n_tokens, llm._n_exact) or llm.save_state()
         return state
 
-    def entry(self, state: LlamaState, logits: np.ndarray[Any, Any] | None) -> Entry | str:
+    def objection(self, n_tokens: int, n_exact: int) -> str | None:
+        """Why a state of ``n_tokens`` cannot be kept; None: it can.
+
+        Args:
+            n_exact: so many of them were evaluated in the batches of a prompt.
+        """
+        if not 0 < n_tokens <= n_exact:
+            return "not_a_prompt"
+        if has_slid(self.llm, n_tokens) and not moves_by_blocks(self.llm, n_tokens):
+            return "other_order"
+        return None
+
+    def entry(self, state: LlamaState, logits: npt.NDArray[np.float32] | None) -> Entry | str:
         """What to keep of a state that :meth:`take` gave, or why not to keep it.
 
         Args:
@@ -70,16 +84,12 @@ class CachedModel:
         state: LlamaState,
         evaluated: tuple[int, int],
         reach: tuple[int, int],
-        rows: np.ndarray[Any, Any],
-        logits: np.ndarray[Any, Any] | None,
+        rows: npt.NDArray[np.uint8],
+        logits: npt.NDArray[np.float32] | None,
     ) -> Entry | str:
         n, none = state.n_tokens, np.empty((0, self.llm._n_vocab), np.float32)
         n_prompt, n_exact = evaluated
-        if n == 0:
-            return "empty"
-        if n > n_exact:
-            return "not_a_prompt"
-        return Entry(
+        return self.objection(n, n_exact) or Entry(
             key=token_key(state.input_ids[:n]),
             coverage=Coverage(n, n_prompt, *reach, logits=logits is not None),
             target=state.llama_state,
@@ -187,11 +197,14 @@ class PlainModel(CachedModel):
         n_exact = shared_length(token_key(llm._input_ids), self._exact)
         live = Coverage(n_exact, self._n_prompt, n_exact, first_cut=0, logits=False)
         kept = live.usable(shared_length(self._exact[: 4 * n_exact], token_key(tokens)), len(tokens), 0, self.grid)
-        return kept if kept >= first_cut(llm) else 0
+        return kept if kept >= first_cut(llm, llm.n_tokens) else 0
 
-    def take(self) -> LlamaState:
+    def take(self) -> LlamaState | str:
         # Llama.save_state copies n_batch x n_vocab scores, which nothing reads again without logits_all, and the state three times.
         llm = self.llm
+        why_not = self.objection(llm.n_tokens, len(self._exact) // 4)
+        if why_not is not None:
+            return why_not
         target = take_sequence(llm.ctx)
         return LlamaState(
             input_ids=llm.input_ids,
@@ -202,9 +215,9 @@ class PlainModel(CachedModel):
             seed=llm._seed,
         )
 
-    def entry(self, state: LlamaState, logits: np.ndarray[Any, Any] | None) -> Entry | str:
+    def entry(self, state: LlamaState, logits: npt.NDArray[np.float32] | None) -> Entry | str:
         n_exact = shared_length(token_key(state.input_ids[: state.n_tokens]), self._exact)
-        reach, none = (state.n_tokens, first_cut(self.llm)), np.empty((0, 0), np.uint8)
+        reach, none = (state.n_tokens, first_cut(self.llm, state.n_tokens)), np.empty((0, 0), np.uint8)
         return self._entry(state, (self._n_prompt, n_exact), reach, none, None)
 
     def state(self, entry: Entry, n_tokens: int) -> LlamaState:

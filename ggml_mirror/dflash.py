@@ -331,7 +331,7 @@ class DFlashLlama(Llama):
             llama_state_size=len(target) + rows.nbytes,  # what LlamaRAMCache compares with its capacity
             seed=self._seed,
         )
-        state.mirror, state.first_cut = rows, first_cut(self)
+        state.mirror, state.first_cut = rows, first_cut(self, self.n_tokens)
         state.n_prompt, state.n_exact = self._n_prompt, min(self._n_exact, self.n_tokens)
         return state
 
@@ -410,8 +410,13 @@ class DFlashLlama(Llama):
         kept = self._keep_prefix(tokens)
         exact, ends = kept <= self._n_exact, self._grid.ends(len(tokens))
         for end in ends[ends > kept].tolist():
-            if cache is not None and end == len(tokens) and self.n_tokens > kept and self._rollback.means != "cells":
-                # The state behind the prompt cannot be cut back to here, where a longer prompt would go on from.
+            if (
+                cache is not None
+                and end == len(tokens)
+                and self.n_tokens > kept
+                and first_cut(self, end) > self.n_tokens
+            ):
+                # The state behind the prompt could not be cut back to here, where a longer prompt would go on from.
                 cache.keep()
             self.eval(tokens[self.n_tokens : end])
             if exact:

@@ -136,12 +136,16 @@ class DiskTier:
         with self._lock:
             file = self._index.get(key)
         if file is not None:
-            try:
-                os.utime(self.directory / file.name)
-            except FileNotFoundError:
-                self._scanned = None
-            except OSError as error:
-                self._failed("keep the time of use in", error)
+            self._set_time(file.name, time.time_ns())
+
+    def _set_time(self, name: str, ns: int) -> None:
+        """Say when a file was used. (The system's own times come in steps of some milliseconds.)"""
+        try:
+            os.utime(self.directory / name, ns=(ns, ns))
+        except FileNotFoundError:
+            self._scanned = None
+        except OSError as error:
+            self._failed("keep the time of use in", error)
 
     def refresh(self) -> None:
         """Take notice of files that came and went since the last look."""
@@ -235,20 +239,21 @@ class DiskTier:
         self._counters.stored["disk"] += 1
         with self._lock:
             self._add(head, name)
+            self._set_time(name, time.time_ns())
             for file in self._superseded(entry):
-                self._remove(file.name, self._counters.superseded)
+                self._set_time(file.name, 0)  # it goes first
 
     def _make_room(self, size: int, entry: Entry, replaced: str) -> bool:
-        """Remove what an entry supersedes, then what was used longest ago, until ``size`` bytes fit; False: they do not."""
+        """Remove what the entry supersedes, then what was used longest ago, until ``size`` bytes fit; False: they do not."""
         with self._lock:
             self._scanned = None
             self.refresh()
             used = sum(self._sizes.values()) - self._sizes.get(replaced, 0)
-            useless = [file.name for file in self._superseded(entry)]
-            candidates = [*useless, *(n for n in self._by_use() if n not in useless and n != replaced)]
+            superseded = [file.name for file in self._superseded(entry)]
+            candidates = [*superseded, *(n for n in self._by_use() if n not in superseded and n != replaced)]
             while used + size > self.capacity_bytes and candidates:
                 name = candidates.pop(0)
-                used -= self._remove(name, self._counters.superseded if name in useless else self._counters.evictions)
+                used -= self._remove(name)
             return used + size <= self.capacity_bytes
 
     def _superseded(self, entry: Entry) -> list[CachedFile]:
@@ -266,10 +271,10 @@ class DiskTier:
                 times[name] = 0
         return sorted(times, key=lambda name: times[name])
 
-    def _remove(self, name: str, count: Counter[str]) -> int:
+    def _remove(self, name: str) -> int:
         try:
             os.unlink(self.directory / name)
-            count["disk"] += 1
+            self._counters.evictions["disk"] += 1
         except FileNotFoundError:
             pass
         except OSError as error:

@@ -150,7 +150,10 @@ class PrefixCache(BaseLlamaCache):
             self.counters.not_stored["failed"] += 1
             log.warning("a prompt was not cached: %s", error or type(error).__name__)
             return
-        self._keep(state, logits)
+        if isinstance(state, str):
+            self.counters.not_stored[state] += 1
+        else:
+            self._keep(state, logits)
 
     # ------------------------------------------------------------------------------------------ as a BaseLlamaCache
 

@@ -1,4 +1,7 @@
-"""The memory tier of a prefix cache: entries under a budget of bytes, those used longest ago going first."""
+"""The memory tier of a prefix cache: entries under a budget of bytes.
+
+When there is no room, entries that a longer one supersedes go first, then those used longest ago.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +53,7 @@ class RamTier:
         return True
 
     def add(self, entry: Entry, wait_s: float = 0.0) -> bool:
-        """Take an entry, at the expense of others; False: it does not fit, and nothing was changed but what it supersedes.
+        """Take an entry, at the expense of others; False: it does not fit, and nothing was changed.
 
         An entry that still has to be written is not given up: the giver waits for it instead, up to ``wait_s`` seconds. So what waits is
         within the budget, too.
@@ -59,34 +62,36 @@ class RamTier:
             if self.capacity_bytes:
                 self._counters.not_stored["ram_too_large"] += 1
             return False
-        for old in self._index.prefixes(entry.key):
-            if entry.coverage.supersedes(old.coverage, self._grid) and self._written(old, 0.0):
-                self.remove(old.key)
-                self._counters.superseded["ram"] += 1
         same = self._entries.get(entry.key)
-        victims = self._to_go(entry.nbytes, same)
+        victims = self._to_go(entry, same)
         if not all(self._written(old, wait_s) for old in victims):
             self._counters.not_stored["disk_slow"] += 1
             return False
         for old in victims:
             self.remove(old.key)
             self._counters.evictions["ram"] += old is not same
+        for old in self._superseded(entry):
+            self._entries.move_to_end(old.key, last=False)
         self._entries[entry.key] = entry
         self._index.add(entry.key, entry)
         self.nbytes += entry.nbytes
         return True
 
-    def _to_go(self, nbytes: int, same: Entry | None) -> list[Entry]:
+    def _to_go(self, entry: Entry, same: Entry | None) -> list[Entry]:
         """What has to be removed for a new entry, that of the same tokens (``same``) in any case."""
         victims = [] if same is None else [same]
         free = self.capacity_bytes - self.nbytes + sum(old.nbytes for old in victims)
-        for old in self._entries.values():
-            if free >= nbytes:
+        for old in [*self._superseded(entry), *self._entries.values()]:
+            if free >= entry.nbytes:
                 break
-            if old is not same:
+            if not any(old is victim for victim in victims):
                 victims.append(old)
                 free += old.nbytes
         return victims
+
+    def _superseded(self, entry: Entry) -> list[Entry]:
+        found = self._index.prefixes(entry.key)
+        return [old for old in found if entry.coverage.supersedes(old.coverage, self._grid)]
 
     def remove(self, key: bytes) -> None:
         entry = self._entries.pop(key, None)

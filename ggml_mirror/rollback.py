@@ -35,14 +35,27 @@ def _slides(llm: Llama) -> bool:
     return llama_cpp.llama_model_n_swa(llm.model) > 0 and not llm.context_params.swa_full
 
 
-def first_cut(llm: Llama) -> int:
-    """Earliest position to which the sequence, if it is saved now and loaded again, can be cut back."""
-    if _keeps_running_state(llm):
-        return llm.n_tokens
-    if not _slides(llm):
-        return 0
-    first: int = llama_cpp.llama_memory_seq_pos_min(llm._ctx.memory, SEQUENCE)
-    return min(llm.n_tokens, first + llama_cpp.llama_model_n_swa(llm.model)) if first > 0 else 0
+def has_slid(llm: Llama, n_tokens: int) -> bool:
+    """Has something slid out of an attention window by ``n_tokens``?
+
+    A saved sequence lacks that, even where the cache still has it (``swa_full``).
+    """
+    return bool(0 < llama_cpp.llama_model_n_swa(llm.model) < n_tokens)
+
+
+def moves_by_blocks(llm: Llama, n_tokens: int) -> bool:
+    """Are the cells of a sequence that has slid, saved and loaded again, summed in the order in which they were?
+
+    They are packed anew, from the first cell on. ggml's CPU kernels sum in blocks of 64 cells with flash attention, else of at most 32
+    that matter; the order is kept if the cells were moved by whole blocks. (The windows of published models are multiples of 64.)
+    """
+    block = 64 if llm.context_params.flash_attn_type != llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED else 32
+    return bool((n_tokens - llama_cpp.llama_model_n_swa(llm.model)) % block == 0)
+
+
+def first_cut(llm: Llama, n_tokens: int) -> int:
+    """Earliest position to which a sequence of ``n_tokens``, saved and loaded again, can be cut back."""
+    return n_tokens if has_slid(llm, n_tokens) or _keeps_running_state(llm) else 0
 
 
 class Rollback:
@@ -56,10 +69,11 @@ class Rollback:
         self._context = llm._ctx  # not the Llama, which keeps this object
         self._saved: Any = None
         self._earliest = 0  # position to which snapshots reach back
-        self._window = llama_cpp.llama_model_n_swa(llm.model) if _slides(llm) else 0
-        if self._window:
+        self._window = llama_cpp.llama_model_n_swa(llm.model)
+        self._runs = _keeps_running_state(llm)
+        if _slides(llm):
             self.means = "copies"
-        elif _keeps_running_state(llm):
+        elif self._runs:
             self.means = "snapshots" if llama_cpp.llama_n_rs_seq(llm.ctx) >= n_draft else "copies"
         else:
             self.means = "cells"
@@ -77,20 +91,20 @@ class Rollback:
 
     def can_drop(self, position: int) -> bool:
         """Can the state at ``position`` still be had?"""
-        if self._window:
-            # llama.cpp cuts a sliding cache back even if what a token at this position attends to has slid out.
+        if self._window > 0:
+            # llama.cpp cuts back even if what a token at this position attends to has slid out, or was not in a state that was loaded.
             first: int = llama_cpp.llama_memory_seq_pos_min(self._context.memory, SEQUENCE)
-            return 0 <= first <= max(0, position - self._window)
+            if not 0 <= first <= max(0, position - self._window):
+                return False
         if self.means == "snapshots":
             return position >= self._earliest
         last: int = llama_cpp.llama_memory_seq_pos_max(self._context.memory, SEQUENCE)
-        return self.means == "cells" or position > last
+        return position > last or not self._runs
 
     def drop(self, position: int) -> bool:
         """Drop positions >= ``position``, if the state there can still be had; else nothing was changed."""
-        if self._window or self.means == "snapshots":
-            if not self.can_drop(position):
-                return False
+        if (self._window > 0 or self.means == "snapshots") and not self.can_drop(position):
+            return False
         if not self._context.kv_cache_seq_rm(SEQUENCE, position, -1):
             return False
         self._earliest = position

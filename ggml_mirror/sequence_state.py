@@ -20,16 +20,16 @@ _new_bytes = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_ssize
 _token_data = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
 
 
+# Of the sequence, not of the context: putting back the latter first clears the whole cache, however little of it is used, and makes
+# llama.cpp fill cells from the first on that have slid out of a window. But what has slid out is not in a sequence's state.
+
+
 def take_sequence(ctx: Any) -> bytes:
     """The sequence's state, in one copy."""
-    whole = _takes_context(ctx)
-    size = llama_cpp.llama_state_get_size(ctx) if whole else llama_cpp.llama_state_seq_get_size_ext(ctx, SEQUENCE, 0)
+    size = llama_cpp.llama_state_seq_get_size_ext(ctx, SEQUENCE, 0)
     state: bytes = _new_bytes(None, size)
     data = ctypes.cast(ctypes.c_char_p(state), ctypes.POINTER(ctypes.c_uint8))
-    if whole:
-        written = llama_cpp.llama_state_get_data(ctx, data, size)
-    else:
-        written = llama_cpp.llama_state_seq_get_data_ext(ctx, data, size, SEQUENCE, 0)
+    written = llama_cpp.llama_state_seq_get_data_ext(ctx, data, size, SEQUENCE, 0)
     if written != size:
         raise CaptureError(f"llama.cpp wrote {written} bytes of the sequence's state, {size} were announced")
     return state
@@ -42,22 +42,9 @@ def put_sequence(ctx: Any, state: Any) -> bool:
         state: anything with the buffer protocol; it is not copied.
     """
     array = np.frombuffer(state, np.uint8)
-    data, size = array.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8)), len(array)
-    taken: int
-    if _takes_context(ctx):
-        taken = llama_cpp.llama_state_set_data(ctx, data, size)
-    else:
-        taken = llama_cpp.llama_state_seq_set_data_ext(ctx, data, size, SEQUENCE, 0)
-    return taken == size
-
-
-def _takes_context(ctx: Any) -> bool:
-    """Is the state of the context needed, instead of the sequence's?
-
-    Putting back a context's state first clears its whole cache, however little of it is used. But a sequence's lacks what has slid out of
-    an attention window, even where the cache still has it (``swa_full``), and could not be cut back.
-    """
-    return bool(llama_cpp.llama_model_n_swa(llama_cpp.llama_get_model(ctx)) > 0)
+    data = array.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+    taken: int = llama_cpp.llama_state_seq_set_data_ext(ctx, data, len(array), SEQUENCE, 0)
+    return taken == len(array)
 
 
 def last_logits(ctx: Any, n_vocab: int) -> npt.NDArray[np.float32]:

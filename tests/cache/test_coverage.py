@@ -61,7 +61,7 @@ def test_what_covers_an_entry_of_the_same_tokens_does_all_that_it_does(
 
 
 @given(coverages(), coverages(), st.integers(1, 400), st.integers(0, 300), st.integers(0, 300))
-def test_what_supersedes_a_beginning_does_all_but_the_same_prompt_again(
+def test_what_supersedes_a_beginning_does_all_but_the_very_same_prompt(
     a: Coverage, b: Coverage, n_prompt: int, shared: int, window: int
 ) -> None:
     """The last batch of the same prompt is then evaluated again."""

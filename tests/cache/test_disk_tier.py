@@ -94,13 +94,20 @@ def test_a_sequence_is_written_once(directory: Path) -> None:
     assert holds(tier, better) and len(files_in(directory.parent / "other")) == 1
 
 
-def test_what_is_superseded_goes(directory: Path) -> None:
-    tier = tier_of(directory)
-    short, long = entry_of([5] * 200), entry_of([5] * 300)
-    tier.store(short)
-    tier.store(long)
-    assert holds(tier, long) and len(files_in(directory)) == 1
-    assert tier._counters.superseded == {"disk": 1} and tier._counters.evictions == {}
+def test_what_is_superseded_goes_first(directory: Path) -> None:
+    """When there is need: at once, or later."""
+    short, long, other = entry_of([5] * 200), entry_of([5] * 300), entry_of([6] * 300)
+    size = {e.key: state_file.head_of(e, IDENTITY.facts).nbytes for e in (short, long, other)}
+    tier = tier_of(directory, size[long.key] + size[other.key])
+    for entry in (other, short, long):
+        tier.store(entry)
+    assert holds(tier, other, long) and len(files_in(directory)) == 2
+    roomy = tier_of(directory.parent / "roomy", sum(size.values()))
+    for entry in (other, short, long):
+        roomy.store(entry)
+    assert holds(roomy, other, short, long)
+    roomy.store(A)
+    assert holds(roomy, other, long, A) and found(roomy, short) is None
 
 
 class DiskTierMachine(RuleBasedStateMachine):
