@@ -53,6 +53,13 @@ class Device:
         check(lib.gm_device_supports(self.index, number, n_embd, taps * n_embd, capture, read))
         return Support(bool(capture[0]), bool(read[0]))
 
+    def converts(self, dtype: str | FeatureDtype) -> bool:
+        """Whether rows of the dtype are converted by this library's own code: loops in host memory, CUDA or HIP kernels.
+        Else ggml's operations do it."""
+        converts = ffi.new("bool *")
+        check(lib.gm_device_converts(self.index, FeatureDtype.parse(dtype).ggml_type, converts))
+        return bool(converts[0])
+
 
 def devices() -> list[Device]:
     """All devices, with their memory as it is now."""

@@ -113,6 +113,9 @@ GM_API gm_status gm_tensor_device(const struct ggml_tensor * tensor, int32_t * i
 // more than whole blocks. 0, 0: one block each, so that the answer holds for any width.
 GM_API gm_status gm_device_supports(int32_t index, int32_t type, int64_t n_embd, int64_t width, bool * capture, bool * read);
 
+// Does this library convert rows of `type` on the device by code of its own (loops in host memory, CUDA or HIP kernels)? Else ggml's operations do.
+GM_API gm_status gm_device_converts(int32_t index, int32_t type, bool * converts);
+
 // ---------------------------------------------------------------------------------------------- target
 
 // Bytes of a llama_context and its model in one type of buffer.
@@ -163,6 +166,9 @@ GM_API gm_status gm_mirror_write(gm_mirror * mirror, int32_t tap, int64_t start,
 
 // The same from an F32 tensor [n_embd or width, count] on any device; the tensor's data must be complete.
 GM_API gm_status gm_mirror_write_tensor(gm_mirror * mirror, int32_t tap, int64_t start, const struct ggml_tensor * rows);
+
+// All taps of the same positions at once, from one such tensor [n_embd, count] per tap: on a GPU with kernels one launch instead of one per tap.
+GM_API gm_status gm_mirror_write_taps(gm_mirror * mirror, int64_t start, const struct ggml_tensor * const * rows);
 
 // Read rows start..start+count-1 to F32: contiguous host memory, or a contiguous F32 tensor on the mirror's device.
 GM_API gm_status gm_mirror_read(gm_mirror * mirror, int64_t start, int64_t count, float * rows);

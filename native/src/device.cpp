@@ -3,6 +3,7 @@
 #include "ggml-cpp.h"
 #include "host_memory.h"
 #include "rows_device.h"
+#include "rows_kernels.h"
 
 #include <cstdio>
 #include <string>
@@ -73,6 +74,11 @@ Support device_ggml_ops(ggml_backend_dev_t device, const Dtype & dtype, int64_t 
     return support;
 }
 
+// In host memory with ggml's own conversions, which dtype() has found to exist; on a GPU by kernels.
+static bool converts_rows(ggml_backend_dev_t device, const Dtype & dtype) {
+    return device_is_host(device) || has_row_kernels(device, dtype);
+}
+
 } // namespace gm
 
 int32_t gm_device_count(void) {
@@ -132,9 +138,12 @@ gm_status gm_device_supports(int32_t index, int32_t type, int64_t n_embd, int64_
         if (n_embd == 0) n_embd = dtype.block;
         if (width == 0) width = n_embd;
         gm::row_size(dtype, n_embd);
-        // Host rows are converted by this library with ggml's own conversions, which dtype() has found to exist.
-        const gm::Support support = gm::device_is_host(device) ? gm::Support{ true, true } : gm::device_ggml_ops(device, dtype, n_embd, width);
+        const gm::Support support = gm::converts_rows(device, dtype) ? gm::Support{ true, true } : gm::device_ggml_ops(device, dtype, n_embd, width);
         *capture                  = support.capture;
         *read                     = support.read;
     });
+}
+
+gm_status gm_device_converts(int32_t index, int32_t type, bool * converts) {
+    return gm::guard([&] { gm::required(converts, "converts") = gm::converts_rows(gm::device_at(index), gm::dtype(type)); });
 }

@@ -1,6 +1,8 @@
 #include "mirror.h"
 
 #include "device.h"
+#include "rows_device.h"
+#include "rows_kernels.h"
 #include "stopwatch.h"
 
 #include <algorithm>
@@ -41,8 +43,13 @@ gm_mirror_size gm_mirror::size_of(const gm_mirror_params & params) {
         throw error(GM_ERR_ARGUMENT, "%lld slots of %llu bytes are beyond any memory", (long long) p.cap, (unsigned long long) size.row);
     }
     size.ring = size.row * uint64_t(p.cap);
-    const bool host  = gm::device_is_host(gm::device_at(p.device));
-    size.staging     = host && !p.ggml_ops ? 0 : gm::DeviceRows::staging_bytes(p.n_embd * p.taps, p.cap);
+    const auto    device = gm::device_at(p.device);
+    const int64_t width  = p.n_embd * p.taps;
+    if (p.ggml_ops || (!gm::device_is_host(device) && !gm::has_row_kernels(device, dtype))) {
+        size.staging = gm::DeviceRows::staging_bytes(width, p.cap);
+    } else if (gm::has_row_kernels(device, dtype)) {
+        size.staging = gm::row_kernels_staging_bytes(width, p.cap);
+    }
     size.bookkeeping = gm::Ring::bytes(p.cap);
     return size;
 }
@@ -77,8 +84,10 @@ gm_mirror::gm_mirror(const gm_mirror_params & params)
     if (ggml_backend_tensor_alloc(buffer_.get(), ring_, ggml_backend_buffer_get_base(buffer_.get())) != GGML_STATUS_SUCCESS) {
         throw error(GM_ERR_BACKEND, "device %s cannot place the ring in its buffer", ggml_backend_dev_name(device_));
     }
-    if (!host || params_.ggml_ops) {
-        device_rows_ = std::make_unique<gm::DeviceRows>(device_, dtype_, ring_, params_.taps, threads_.n_threads());
+    if (!params_.ggml_ops && gm::has_row_kernels(device_, dtype_)) {
+        rows_ = gm::make_row_kernels(device_, dtype_, ring_, params_.taps);
+    } else if (!host || params_.ggml_ops) {
+        rows_ = std::make_unique<gm::DeviceRows>(device_, dtype_, ring_, params_.taps, threads_.n_threads());
     }
     reset_stats();
 }
@@ -92,6 +101,15 @@ void gm_mirror::check_range(int64_t start, int64_t count) const {
 // ------------------------------------------------------------------------------------ the one write path
 
 void gm_mirror::write(int32_t tap, int64_t start, int64_t count, const gm::RowSource & source) {
+    write_sources(tap, start, count, 1, &source);
+}
+
+void gm_mirror::write_taps(int64_t start, int64_t count, const gm::RowSource * sources) {
+    write_sources(-1, start, count, params_.taps, sources);
+}
+
+// One source of a tap (tap >= 0) or of whole rows, or one for each tap.
+void gm_mirror::write_sources(int32_t tap, int64_t start, int64_t count, int32_t n_sources, const gm::RowSource * sources) {
     check_range(start, count);
     if (tap < -1 || tap >= params_.taps) {
         throw error(GM_ERR_ARGUMENT, "tap %d is out of range; this mirror has taps 0 to %d", tap, params_.taps - 1).tap(tap);
@@ -104,24 +122,23 @@ void gm_mirror::write(int32_t tap, int64_t start, int64_t count, const gm::RowSo
     const uint64_t              taps    = tap < 0 ? slots_.all_taps() : uint64_t(1) << tap;
     std::vector<gm::Tally>      tallies(size_t(params_.taps));
 
+    std::vector<gm::RowSource>  rest;
+    for (int32_t i = 0; i < n_sources; ++i) rest.push_back(sources[i].skip(dropped));
+
     slots_.begin_write(first, kept, taps);
-    if (device_rows_) {
-        device_rows_->write(tap, first, kept, source.skip(dropped), &tallies[size_t(std::max(tap, 0))], times_.host_copy_bytes);
+    if (rows_ && n_sources > 1) {
+        rows_->write_taps(first, kept, n_sources, rest.data(), tallies.data(), times_.host_copy_bytes);
+    } else if (rows_) {
+        rows_->write(tap, first, kept, rest[0], &tallies[size_t(std::max(tap, 0))], times_.host_copy_bytes);
     } else {
-        write_host(tap, first, kept, source.skip(dropped), tallies);
+        for (int32_t i = 0; i < n_sources; ++i) write_host(n_sources > 1 ? i : tap, first, kept, rest[size_t(i)], tallies);
     }
     slots_.end_write(first, kept, taps);
 
     for (int32_t t = 0; t < params_.taps; ++t) {
         if (tap >= 0 && t != tap) continue;
-        gm_tap_stats &    s = stats_[size_t(t)];
-        const gm::Tally & y = tallies[size_t(t)];
-        s.values += kept * params_.n_embd;
-        s.nan += y.nan;
-        s.inf += y.inf;
-        s.overflow += y.overflow;
-        s.over_f16 += y.over_f16;
-        s.abs_max = std::isnan(y.abs_max) || std::isnan(s.abs_max) ? NAN : std::max(s.abs_max, y.abs_max);
+        stats_[size_t(t)].values += kept * params_.n_embd;
+        add_to_stats(t, tallies[size_t(t)]);
     }
     times_.write_calls += 1;
     written_slices_ += kept * (tap < 0 ? params_.taps : 1);
@@ -182,8 +199,8 @@ void gm_mirror::read(int64_t start, int64_t count, float * rows) {
     std::lock_guard<std::mutex> lock(mutex_);
     slots_.require(start, count);
     Stopwatch watch(times_.read_ns);
-    if (device_rows_) {
-        device_rows_->read_host(start, count, rows, times_.host_copy_bytes);
+    if (rows_) {
+        rows_->read_host(start, count, rows, times_.host_copy_bytes);
     } else {
         read_rows(start, count, rows);
     }
@@ -206,8 +223,8 @@ void gm_mirror::read_tensor(int64_t start, int64_t count, const ggml_tensor & ro
     std::lock_guard<std::mutex> lock(mutex_);
     slots_.require(start, count);
     Stopwatch watch(times_.read_ns);
-    if (device_rows_) {
-        device_rows_->read_tensor(start, count, &rows, buffer);
+    if (rows_) {
+        rows_->read_tensor(start, count, &rows, buffer);
     } else {
         read_rows(start, count, static_cast<float *>(rows.data));
     }
@@ -332,11 +349,29 @@ void gm_mirror::load(int64_t count, const int64_t * positions, const uint64_t * 
 
 // --------------------------------------------------------------------------------------------- statistics
 
+void gm_mirror::add_to_stats(int32_t tap, const gm::Tally & tally) {
+    gm_tap_stats & s = stats_[size_t(tap)];
+    s.nan += tally.nan;
+    s.inf += tally.inf;
+    s.overflow += tally.overflow;
+    s.over_f16 += tally.over_f16;
+    s.abs_max = std::isnan(tally.abs_max) || std::isnan(s.abs_max) ? NAN : std::max(s.abs_max, tally.abs_max);
+}
+
+// Kernels count on their device; what they counted is fetched when someone asks.
+void gm_mirror::collect() {
+    if (!rows_) return;
+    std::vector<gm::Tally> tallies(size_t(params_.taps));
+    rows_->collect(tallies.data());
+    for (int32_t t = 0; t < params_.taps; ++t) add_to_stats(t, tallies[size_t(t)]);
+}
+
 gm_tap_stats gm_mirror::tap_stats(int32_t tap) {
     std::lock_guard<std::mutex> lock(mutex_);
     if (tap < 0 || tap >= params_.taps) {
         throw error(GM_ERR_ARGUMENT, "tap %d is out of range; this mirror has taps 0 to %d", tap, params_.taps - 1).tap(tap);
     }
+    collect();
     return stats_[size_t(tap)];
 }
 
@@ -347,6 +382,7 @@ gm_mirror_times gm_mirror::times() {
 
 void gm_mirror::reset_stats() {
     std::lock_guard<std::mutex> lock(mutex_);
+    collect();
     stats_.assign(size_t(params_.taps), gm_tap_stats{});
     times_          = {};
     written_slices_ = 0;
@@ -376,21 +412,41 @@ gm_status gm_mirror_write(gm_mirror * mirror, int32_t tap, int64_t start, int64_
     });
 }
 
+// F32 rows, `width` wide, as the write path takes them.
+static gm::RowSource tensor_rows(const ggml_tensor & t, int64_t width) {
+    // ne[2], ne[3] are folded into rows, which needs them to follow on at the same stride.
+    const bool even = t.ne[2] * t.ne[3] == 1 || (t.nb[2] == t.nb[1] * size_t(t.ne[1]) && (t.ne[3] == 1 || t.nb[3] == t.nb[2] * size_t(t.ne[2])));
+    if (t.type != GGML_TYPE_F32 || t.ne[0] != width || t.nb[0] != sizeof(float) || !even) {
+        throw error(GM_ERR_WIDTH, "rows must be an F32 tensor [%lld, n] of contiguous rows; this is %s [%lld, %lld, %lld, %lld]", (long long) width,
+                    ggml_type_name(t.type), (long long) t.ne[0], (long long) t.ne[1], (long long) t.ne[2], (long long) t.ne[3]);
+    }
+    if (!t.data || !gm::buffer_of(&t)) throw error(GM_ERR_ARGUMENT, "tensor %s holds no data yet", t.name);
+    gm::RowSource source;
+    source.tensor = &t;
+    return source;
+}
+
 gm_status gm_mirror_write_tensor(gm_mirror * mirror, int32_t tap, int64_t start, const struct ggml_tensor * rows) {
     return gm::guard([&] {
-        gm_mirror &         m     = gm::required(mirror, "mirror");
-        const ggml_tensor & t     = gm::required(rows, "rows");
-        const int64_t       width = tap < 0 ? m.taps() * m.n_embd() : m.n_embd();
-        gm::RowSource       source;
-        source.tensor = rows;
-        // ne[2], ne[3] are folded into rows, which needs them to follow on at the same stride.
-        const bool even = t.ne[2] * t.ne[3] == 1 || (t.nb[2] == t.nb[1] * size_t(t.ne[1]) && (t.ne[3] == 1 || t.nb[3] == t.nb[2] * size_t(t.ne[2])));
-        if (t.type != GGML_TYPE_F32 || t.ne[0] != width || t.nb[0] != sizeof(float) || !even) {
-            throw gm::error(GM_ERR_WIDTH, "rows must be an F32 tensor [%lld, n] of contiguous rows; this is %s [%lld, %lld, %lld, %lld]", (long long) width,
-                            ggml_type_name(t.type), (long long) t.ne[0], (long long) t.ne[1], (long long) t.ne[2], (long long) t.ne[3]);
+        gm_mirror &         m = gm::required(mirror, "mirror");
+        const ggml_tensor & t = gm::required(rows, "rows");
+        m.write(tap, start, ggml_nrows(&t), tensor_rows(t, tap < 0 ? m.taps() * m.n_embd() : m.n_embd()));
+    });
+}
+
+gm_status gm_mirror_write_taps(gm_mirror * mirror, int64_t start, const struct ggml_tensor * const * rows) {
+    return gm::guard([&] {
+        gm_mirror &                m = gm::required(mirror, "mirror");
+        std::vector<gm::RowSource> sources;
+        gm::required(rows, "rows");
+        for (int32_t tap = 0; tap < m.taps(); ++tap) {
+            const ggml_tensor & t = gm::required(rows[tap], "rows");
+            sources.push_back(tensor_rows(t, m.n_embd()));
+            if (ggml_nrows(&t) != ggml_nrows(rows[0])) {
+                throw error(GM_ERR_WIDTH, "tap %d has %lld rows, tap 0 has %lld", tap, (long long) ggml_nrows(&t), (long long) ggml_nrows(rows[0])).tap(tap);
+            }
         }
-        if (!t.data || !gm::buffer_of(&t)) throw gm::error(GM_ERR_ARGUMENT, "tensor %s holds no data yet", t.name);
-        m.write(tap, start, ggml_nrows(&t), source);
+        m.write_taps(start, ggml_nrows(rows[0]), sources.data());
     });
 }
 

@@ -1,7 +1,10 @@
 // The feature mirror: a ring of rows in a ggml backend buffer, with one write path and one read path.
 #pragma once
 
-#include "rows_device.h"
+#include "ring.h"
+#include "rows.h"
+
+#include "ggml-cpp.h"
 
 #include <memory>
 #include <mutex>
@@ -14,6 +17,7 @@ struct gm_mirror {
     explicit gm_mirror(const gm_mirror_params & params);
 
     void write(int32_t tap, int64_t start, int64_t count, const gm::RowSource & source);
+    void write_taps(int64_t start, int64_t count, const gm::RowSource * sources);  // one for each tap
     void read(int64_t start, int64_t count, float * rows);
     void read_tensor(int64_t start, int64_t count, const ggml_tensor & rows);
     const float * view(int64_t start, int64_t count);
@@ -45,8 +49,11 @@ struct gm_mirror {
     int64_t  width() const { return params_.taps * params_.n_embd; }
     uint64_t tap_bytes() const { return row_bytes_ / uint64_t(params_.taps); }
     void     check_range(int64_t start, int64_t count) const;
+    void     write_sources(int32_t tap, int64_t start, int64_t count, int32_t n_sources, const gm::RowSource * sources);
     void     write_host(int32_t tap, int64_t start, int64_t count, const gm::RowSource & source, std::vector<gm::Tally> & tallies);
     void     read_rows(int64_t start, int64_t count, float * rows);
+    void     add_to_stats(int32_t tap, const gm::Tally & tally);
+    void     collect();
     char *   host_row(int64_t slot) const { return static_cast<char *>(ring_->data) + uint64_t(slot) * row_bytes_; }
 
     gm_mirror_params        params_;
@@ -59,7 +66,7 @@ struct gm_mirror {
     ggml_tensor *           ring_ = nullptr;  // [width, cap]
     gm::Ring                slots_;
     gm::HostThreads         threads_;
-    std::unique_ptr<gm::DeviceRows> device_rows_;  // null: host memory, this library's own loops over ggml's conversions
+    std::unique_ptr<gm::Rows> rows_;          // null: host memory, this library's own loops over ggml's conversions
     std::vector<gm_tap_stats> stats_;
     int64_t                 written_slices_ = 0;  // taps of rows
     gm_mirror_times         times_{};

@@ -9,15 +9,10 @@
 
 namespace gm {
 
-static constexpr uint64_t kStagingBytes = 32u << 20;  // of F32 rows per graph
-static constexpr int      kGraphNodes   = 64;
-
-static int64_t chunk_rows(int64_t width, int64_t cap) {
-    return std::clamp<int64_t>(int64_t(kStagingBytes / (uint64_t(width) * sizeof(float))), 1, cap);
-}
+static constexpr int kGraphNodes = 64;
 
 uint64_t DeviceRows::staging_bytes(int64_t width, int64_t cap) {
-    const uint64_t rows = uint64_t(chunk_rows(width, cap));
+    const uint64_t rows = uint64_t(staged_rows(width, cap));
     // The staging rows, and at most three temporaries of that size in a graph that replaces values; slots and indices.
     return 4 * rows * uint64_t(width) * sizeof(float) + rows * (sizeof(int64_t) + 2 * sizeof(int32_t)) + 4096;
 }
@@ -59,7 +54,7 @@ bool DeviceRows::check_ops_supported(ggml_context * ctx, ggml_tensor * x, const 
 }
 
 DeviceRows::DeviceRows(ggml_backend_dev_t device, const Dtype & dtype, ggml_tensor * ring, int32_t taps, int n_threads)
-    : device_(device), dtype_(dtype), ring_(ring), taps_(taps), chunk_(chunk_rows(ring->ne[0], ring->ne[1])) {
+    : device_(device), dtype_(dtype), ring_(ring), taps_(taps), chunk_(staged_rows(ring->ne[0], ring->ne[1])) {
     const Support support = device_ggml_ops(device, dtype, ring->ne[0] / taps, ring->ne[0]);
     if (!support.capture || !support.read) {
         throw error(GM_ERR_UNSUPPORTED, "device %s cannot %s %s rows of %d x %lld with its ggml ops; `ggml-mirror doctor` lists the dtypes that it can hold",

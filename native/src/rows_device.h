@@ -1,8 +1,7 @@
 // The portable path: rows enter and leave the ring through stock ggml graph ops on the ring's own device.
 #pragma once
 
-#include "ring.h"
-#include "rows_host.h"
+#include "rows.h"
 
 #include "ggml-alloc.h"
 #include "ggml-backend.h"
@@ -10,25 +9,14 @@
 
 namespace gm {
 
-// F32 rows to be written: in host memory, or in a ggml tensor on some device.
-struct RowSource {
-    const float *       host   = nullptr;
-    uint64_t            stride = 0;        // bytes from row to row
-    const ggml_tensor * tensor = nullptr;  // rows are its ne[1] * ne[2] * ne[3]
-    RowSource           skip(int64_t rows) const;
-    int64_t             skipped = 0;       // rows of the tensor passed over
-};
-
-class DeviceRows {
+class DeviceRows final : public Rows {
   public:
     // ring: [width, cap] in a buffer of `device`. Throws GM_ERR_DEVICE, GM_ERR_UNSUPPORTED.
     DeviceRows(ggml_backend_dev_t device, const Dtype & dtype, ggml_tensor * ring, int32_t taps, int n_threads);
 
-    // tap -1: whole rows, and a tally per tap; else one. Adds to host_bytes what crossed between host and device memory.
-    void write(int32_t tap, int64_t start, int64_t count, const RowSource & source, Tally * tallies, int64_t & host_bytes);
-
-    void read_host(int64_t start, int64_t count, float * rows, int64_t & host_bytes);
-    void read_tensor(int64_t start, int64_t count, const ggml_tensor * rows, ggml_backend_buffer_t buffer);
+    void write(int32_t tap, int64_t start, int64_t count, const RowSource & source, Tally * tallies, int64_t & host_bytes) override;
+    void read_host(int64_t start, int64_t count, float * rows, int64_t & host_bytes) override;
+    void read_tensor(int64_t start, int64_t count, const ggml_tensor * rows, ggml_backend_buffer_t buffer) override;
 
     static uint64_t staging_bytes(int64_t width, int64_t cap);
 

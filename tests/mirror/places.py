@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from ggml_mirror import FeatureMirror, devices, find_device
+from ggml_mirror import Device, FeatureMirror, devices, find_device
 from ggml_mirror.dtype import FeatureDtype
 
 
 @dataclass(frozen=True)
 class Place:
-    """``ggml_ops``: rows go through stock ggml graph ops, not this library's own loops (always so on a GPU)."""
+    """``ggml_ops``: rows go through stock ggml graph ops, not this library's own loops or kernels."""
 
     device: str
     ggml_ops: bool
@@ -21,16 +21,15 @@ class Place:
 
     @property
     def name(self) -> str:
-        return f"{self.device.lower()}-{'ggml' if self.ggml_ops else 'loops'}"
+        return f"{self.device.lower()}-{'ggml' if self.ggml_ops else 'loops' if self.is_host else 'kernels'}"
 
-    @property
-    def approximate(self) -> bool:
-        """Its kernels need not divide exactly."""
-        return not self.is_host
+    def own_code(self, dtype: FeatureDtype) -> bool:
+        """Rows are converted by this library: each value is looked at, zeros keep their sign, abs_max is measured."""
+        return not self.ggml_ops and find_device(self.device).converts(dtype)
 
-    @property
-    def measures_abs_max(self) -> bool:
-        return not self.ggml_ops
+    def approximate(self, dtype: FeatureDtype) -> bool:
+        """The kernels of a GPU backend of ggml need not divide exactly."""
+        return not self.is_host and not self.own_code(dtype)
 
     def mirror(self, **arguments: Any) -> FeatureMirror:
         return FeatureMirror(device=self.device, ggml_ops=self.ggml_ops, **{"n_threads": 1, **arguments})
@@ -45,9 +44,14 @@ CPU_LOOPS = Place("cpu", ggml_ops=False, is_host=True)
 CPU_GGML = Place("cpu", ggml_ops=True, is_host=True)
 
 
+def _gpu_paths(device: Device) -> list[bool]:
+    """ggml's operations; before them kernels, if this library was built with some for the device."""
+    return [False, True] if device.converts("f32") else [True]
+
+
 def place_params() -> list[Any]:
-    """Both CPU paths, and each GPU under its marker; on a machine without one there are no GPU cases."""
-    gpus = [Place(d.name, ggml_ops=True, is_host=False) for d in devices() if not d.is_host]
+    """Both CPU paths, and those of each GPU under its marker; on a machine without one there are no GPU cases."""
+    gpus = [Place(d.name, ggml_ops, is_host=False) for d in devices() if not d.is_host for ggml_ops in _gpu_paths(d)]
     return [
         *(pytest.param(p, id=p.name) for p in (CPU_LOOPS, CPU_GGML)),
         *(pytest.param(p, id=p.name, marks=pytest.mark.gpu) for p in gpus),

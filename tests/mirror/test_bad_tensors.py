@@ -56,6 +56,24 @@ def test_whole_rows_are_no_slices(place: Place, tensors: Tensors) -> None:
         m.write_tensor(tensor, start=0, tap=0)
 
 
+def test_taps_of_unlike_tensors(place: Place, tensors: Tensors) -> None:
+    """Their number, their widths, their rows: nothing is written unless all fit."""
+    good = [tensors.of(values(2, N_EMBD), place.device) for _ in range(TAPS)]
+    wide, long = tensors.of(values(2), place.device), tensors.of(values(3, N_EMBD), place.device)
+    with mirror(place) as m:
+        m.write_rows(start=0, rows=values(CAP))
+        with unchanged(m), pytest.raises(ArgumentError, match=f"3 tensors given; this mirror has {TAPS} taps"):
+            m.write_taps(good[:3], start=0)
+        with unchanged(m), pytest.raises(ShapeError, match=rf"\[{N_EMBD}, n\]"):
+            m.write_taps([*good[:3], wide], start=0)
+        with unchanged(m), pytest.raises(ShapeError, match="tap 3 has 3 rows, tap 0 has 2"):
+            m.write_taps([*good[:3], long], start=0)
+        with unchanged(m), pytest.raises(ArgumentError, match="null pointer"):
+            m.write_taps([*good[:3], None], start=0)
+        with unchanged(m), pytest.raises(ArgumentError, match="start -1"):
+            m.write_taps(good, start=-1)
+
+
 def test_tensor_with_too_few_rows_to_read_into(place: Place, tensors: Tensors) -> None:
     tensor = tensors.of(values(2), place.device)
     with mirror(place) as m:

@@ -41,12 +41,12 @@ def store(place: Place, dtype: FeatureDtype, x: Floats, taps: int = TAPS, by_tap
 def assert_stored_right(
     place: Place, dtype: FeatureDtype, x: Floats, stored: Bytes, read: Floats, signed_zeros: bool = True
 ) -> None:
-    reference.assert_same_bytes(dtype, x, stored, approximate=place.approximate, signed_zeros=signed_zeros)
-    if place.is_host:
+    reference.assert_same_bytes(dtype, x, stored, approximate=place.approximate(dtype), signed_zeros=signed_zeros)
+    if place.is_host or place.own_code(dtype):
         np.testing.assert_array_equal(read.view(np.uint32), reference.dequantize(dtype, stored).view(np.uint32))
     else:
         np.testing.assert_array_equal(read, reference.dequantize(dtype, stored))
-    off = np.abs(read.astype(np.float64) - x) - reference.error_bound(dtype, x, place.approximate)
+    off = np.abs(read.astype(np.float64) - x) - reference.error_bound(dtype, x, place.approximate(dtype))
     assert off.max(initial=0) <= 0, f"a value is {off.max()} beyond half a quantum"
 
 
@@ -69,14 +69,14 @@ def test_stored_bytes_of_arbitrary_rows(place: Place, dtype: FeatureDtype, data:
     size = data.draw(st.sampled_from([limit, 1000.0, 1.0, 2.0**-20]))
     x = data.draw(arrays(np.float32, (2, 256), elements=st.floats(-size, size, width=32), fill=st.just(np.float32(0))))
     # Signed zeros beside values beyond 65504 are test_f32_keeps_every_bit's.
-    assert_stored_right(place, dtype, x, *store(place, dtype, x), signed_zeros=not place.ggml_ops)
+    assert_stored_right(place, dtype, x, *store(place, dtype, x), signed_zeros=place.own_code(dtype))
 
 
 def test_most_bytes_are_equal_without_any_tie(place: Place, dtype: FeatureDtype) -> None:
     """The tolerance is for ties, which random values hardly ever hit."""
     x = INPUTS["normal-1"](200, TAPS * N_EMBD)
     stored, _ = store(place, dtype, x)
-    assert reference.assert_same_bytes(dtype, x, stored, approximate=place.approximate) <= x.size // 10_000
+    assert reference.assert_same_bytes(dtype, x, stored, approximate=place.approximate(dtype)) <= x.size // 10_000
 
 
 def test_ties_are_met(place: Place) -> None:

@@ -105,6 +105,9 @@ NULLS: dict[str, Callable[[Any], int]] = {
     "write without rows": lambda h: lib.gm_mirror_write(h, 0, 0, 1, ffi.NULL, 256),
     "write_tensor without mirror": lambda h: lib.gm_mirror_write_tensor(ffi.NULL, 0, 0, ffi.NULL),
     "write_tensor without tensor": lambda h: lib.gm_mirror_write_tensor(h, 0, 0, ffi.NULL),
+    "write_taps without mirror": lambda h: lib.gm_mirror_write_taps(ffi.NULL, 0, ffi.NULL),
+    "write_taps without tensors": lambda h: lib.gm_mirror_write_taps(h, 0, ffi.NULL),
+    "write_taps without a tensor": lambda h: lib.gm_mirror_write_taps(h, 0, ffi.new("struct ggml_tensor *[2]")),
     "read without mirror": lambda h: lib.gm_mirror_read(ffi.NULL, 3, 1, ffi.new("float[128]")),
     "read without rows": lambda h: lib.gm_mirror_read(h, 3, 1, ffi.NULL),
     "read_tensor without tensor": lambda h: lib.gm_mirror_read_tensor(h, 3, 1, ffi.NULL),
@@ -128,6 +131,7 @@ NULLS: dict[str, Callable[[Any], int]] = {
     "device_get without info": lambda h: lib.gm_device_get(0, ffi.NULL),
     "device_find without name": lambda h: lib.gm_device_find(ffi.NULL, ffi.new("int32_t *")),
     "device_find without index": lambda h: lib.gm_device_find(b"cpu", ffi.NULL),
+    "device_converts without converts": lambda h: lib.gm_device_converts(0, 8, ffi.NULL),
     "type_limit without limit": lambda h: lib.gm_type_limit(8, ffi.NULL),
     "type_row_size without bytes": lambda h: lib.gm_type_row_size(8, 32, ffi.NULL),
     "type_block_size without size": lambda h: lib.gm_type_block_size(8, ffi.NULL),
@@ -191,6 +195,7 @@ def test_devices_that_are_not_there(index: int) -> None:
     p.device = index
     for call in (
         lambda: lib.gm_device_get(index, ffi.new("gm_device_info *")),
+        lambda: lib.gm_device_converts(index, 8, ffi.new("bool *")),
         lambda: lib.gm_mirror_new(p, ffi.new("gm_mirror **")),
         lambda: lib.gm_mirror_size_of(p, ffi.new("gm_mirror_size *")),
     ):

@@ -21,6 +21,7 @@ USES: dict[str, Callable[[FeatureMirror, Any], Any]] = {
     "write": lambda m, snapshot: m.write(tap=0, start=0, rows=ROWS[:, :32]),
     "write_rows": lambda m, snapshot: m.write_rows(start=0, rows=ROWS),
     "write_tensor": lambda m, snapshot: m.write_tensor(1, start=0),
+    "write_taps": lambda m, snapshot: m.write_taps([1, 1], start=0),
     "read": lambda m, snapshot: m.read(start=0, count=1),
     "read_tensor": lambda m, snapshot: m.read_tensor(1, start=0, count=1),
     "view": lambda m, snapshot: m.view(start=0, count=1),

@@ -11,6 +11,7 @@ from ggml_mirror.errors import MirrorMemoryError
 from ggml_mirror.mirror import mirror_size
 
 from . import reference
+from .ggml_tensors import Tensors
 from .places import Place
 
 TAPS, N_EMBD = 5, 5120
@@ -110,6 +111,23 @@ def test_mirror_that_does_not_fit_takes_nothing(place: Place) -> None:
     assert find_device(place.device).memory_free > free * 0.8
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["f32", "q8_0"])
+def test_a_gpu_is_left_as_it_was(place: Place, dtype: FeatureDtype) -> None:
+    """Neither a mirror that does not fit nor one that was closed keeps any of its memory."""
+    if place.is_host:
+        pytest.skip("host memory is everyone's")
+    place.mirror(taps=TAPS, n_embd=N_EMBD, cap=64, dtype=dtype).close()  # starts the device
+    free = find_device(place.device).memory_free
+    for share in (1.0, 1.5, 100.0):
+        error, _ = too_big(place, FeatureDtype(dtype), share)
+        assert str(error.bytes_needed) in str(error) and str(error.bytes_free) in str(error)
+        assert error.bytes_needed > error.bytes_free
+    with place.mirror(taps=TAPS, n_embd=N_EMBD, cap=4096, dtype=dtype) as m:
+        assert find_device(place.device).memory_free <= free - m.nbytes
+    assert find_device(place.device).memory_free == free
+
+
 @pytest.mark.slow
 def test_what_is_advised_can_be_made(place: Place) -> None:
     """A tenth less, for what others take meanwhile."""
@@ -125,6 +143,43 @@ def assert_holds_rows_at_its_end(m: FeatureMirror) -> None:
     rows = np.random.default_rng(1).integers(-100, 100, (4, m.width)).astype(np.float32)
     m.write_rows(start=m.cap - 2, rows=rows)
     np.testing.assert_array_equal(m.read(start=m.cap - 2, count=4), rows)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["q8_0", "f16", "f32"])
+def test_ring_of_a_context_of_256k(place: Place, name: str, tensors: Tensors) -> None:
+    """6.6, 12.5 and 25 GiB on a GPU: rows at either end, around it, and across each multiple of 4 GiB; from arrays and tensors."""
+    if place.is_host:
+        pytest.skip("of a GPU's memory")
+    cap, row = 262144, reference.row_bytes(FeatureDtype(name), WIDTH)
+    if find_device(place.device).memory_free < cap * row + 2**30:
+        pytest.skip(f"needs {cap * row / 2**30:.1f} GiB of free memory")
+    starts = sorted({0, *(edge // row - 2 for edge in range(2**32, cap * row, 2**32)), cap - 8})
+    rows = [np.random.default_rng(s).integers(-127, 128, (5, WIDTH)).astype(np.float32) for s in starts]
+    for x in rows:
+        x[:, ::32] = 127  # so that q8_0 holds integers exactly: its scale is then 1
+    source, target = tensors.new(WIDTH, 5), tensors.new(WIDTH, 5)
+    tensors.allocate(place.device)
+    slices = [tensors.view_2d(source, N_EMBD, 5, 4 * WIDTH, 4 * N_EMBD * tap) for tap in range(TAPS)]
+    with place.mirror(taps=TAPS, n_embd=N_EMBD, cap=cap, dtype=name) as m:
+        for i, (s, x) in enumerate(zip(starts, rows, strict=True)):
+            tensors.set(source, x)
+            if i % 3 == 0:
+                m.write_rows(start=s, rows=x)
+            elif i % 3 == 1:
+                m.write_taps(slices, start=s)
+            else:
+                for tap in range(TAPS):
+                    m.write_tensor(slices[tap], start=s, tap=tap)
+        for s, x in zip(starts, rows, strict=True):
+            m.read_tensor(target, start=s, count=5)
+            np.testing.assert_array_equal(tensors.get(target, 5, WIDTH), x)
+            np.testing.assert_array_equal(m.read(start=s, count=5), x)
+        tensors.set(source, rows[0][::-1])
+        m.write_tensor(source, start=cap - 2)  # two rows at the end, three at the beginning
+        m.read_tensor(target, start=cap - 2, count=5)
+        np.testing.assert_array_equal(tensors.get(target, 5, WIDTH), rows[0][::-1])
+        np.testing.assert_array_equal(m.read(start=cap - 8, count=5), rows[-1])
 
 
 @pytest.mark.slow

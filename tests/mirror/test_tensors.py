@@ -133,6 +133,28 @@ def test_tensor_may_be_given_as_any_kind_of_pointer(place: Place, tensors: Tenso
         assert_written_like_numpy(place, "f16", pointer, x, None)
 
 
+@pytest.mark.parametrize("n", [1, 6, 2 * CAP + 3])
+@pytest.mark.parametrize("where", ["apart", "columns", "host"])
+def test_all_taps_at_once(place: Place, dtype: FeatureDtype, tensors: Tensors, n: int, where: str) -> None:
+    """A tensor per tap: of its own, a view of shared rows (one stride), or some on the device and some in host memory."""
+    x = values(n)
+    slices = [np.ascontiguousarray(x[:, t * N_EMBD : (t + 1) * N_EMBD]) for t in range(TAPS)]
+    if where == "columns":
+        rows = tensors.of(x, place.device)
+        given = [tensors.view_2d(rows, N_EMBD, n, ROW, t * SLICE) for t in range(TAPS)]
+    else:
+        given = [tensors.of(s, "CPU" if where == "host" and t % 2 else place.device) for t, s in enumerate(slices)]
+    with mirror(place, dtype) as at_once, mirror(place, dtype) as by_tap:
+        at_once.write_taps(given, start=5)
+        for tap, rows in enumerate(slices):
+            by_tap.write(tap=tap, start=5, rows=rows)
+        one, other = at_once.snapshot(), by_tap.snapshot()
+        assert one.positions.tolist() == other.positions.tolist() and len(one.positions) == min(n, CAP)
+        np.testing.assert_array_equal(one.rows, other.rows)
+        np.testing.assert_equal(*([m.tap_stats(t).__repr__() for t in range(TAPS)] for m in (at_once, by_tap)))
+        assert at_once.times().write_rows == by_tap.times().write_rows
+
+
 # ----------------------------------------------------------------------------------------------- reading
 
 

@@ -52,7 +52,7 @@ def expected_stats(dtype: FeatureDtype, x: Floats, abs_max: bool) -> tuple[float
 def assert_counted(m: FeatureMirror, place: Place, x: Floats) -> None:
     for tap in range(m.taps):
         seen = x[:, tap * m.n_embd : (tap + 1) * m.n_embd]
-        want = expected_stats(m.dtype, seen, place.measures_abs_max)
+        want = expected_stats(m.dtype, seen, place.own_code(m.dtype))
         np.testing.assert_equal(astuple(m.tap_stats(tap)), want, f"tap {tap}")
 
 
@@ -61,8 +61,12 @@ def assert_rule_kept(m: FeatureMirror, place: Place, x: Floats) -> None:
     stored, read = m.snapshot().rows, m.read(start=0, count=len(x))
     clean = replaced(m.dtype, x)
     assert np.isfinite(read).all()
-    reference.assert_same_bytes(m.dtype, clean, stored, approximate=place.approximate, signed_zeros=not place.ggml_ops)
-    assert (np.abs(read.astype(np.float64) - clean) <= reference.error_bound(m.dtype, clean, place.approximate)).all()
+    reference.assert_same_bytes(
+        m.dtype, clean, stored, approximate=place.approximate(m.dtype), signed_zeros=place.own_code(m.dtype)
+    )
+    assert (
+        np.abs(read.astype(np.float64) - clean) <= reference.error_bound(m.dtype, clean, place.approximate(m.dtype))
+    ).all()
 
 
 def sprinkled(seed: int, n: int) -> Floats:
@@ -104,7 +108,7 @@ def test_writing_by_tap_counts_for_that_tap_only(place: Place, dtype: FeatureDty
         for tap in (2, 0, 3, 1):
             m.write(tap=tap, start=0, rows=x[:, tap * N_EMBD : (tap + 1) * N_EMBD])
             seen = x[:, tap * N_EMBD : (tap + 1) * N_EMBD]
-            np.testing.assert_equal(astuple(m.tap_stats(tap)), expected_stats(dtype, seen, place.measures_abs_max))
+            np.testing.assert_equal(astuple(m.tap_stats(tap)), expected_stats(dtype, seen, place.own_code(dtype)))
         assert_counted(m, place, x)
 
 
