@@ -1,6 +1,7 @@
 """Time capture and read of feature rows beside an F32 copy, stock ggml ops, and numpy through gguf.
 
     python scripts/bench_rows.py --json rows.json --plot rows.png
+    python scripts/bench_rows.py --device CUDA0 --rows 16,512,8192 --ring 4GiB
 
 Every variant works on the same rows, in buffers of the same ggml device, with the same number of threads. In each round
 the variants run one after the other, the first of them another one each time, so that a disturbance of the machine hits
@@ -10,6 +11,7 @@ call meets cold memory. Printed are medians of rounds; a ratio is the median of 
 What is timed:
 
     capture   taps, one call each, from F32 tensors [n_embd, rows] into ring slots: as a target's graph gives them
+    at once   the same tensors, all taps in one call (gm_mirror_write_taps; stock: one graph)
     write     whole rows, F32 [width, rows]
     read      rows back to F32, into a tensor that exists
     array     the same into a new numpy array, as FeatureMirror.read returns it: page faults included
@@ -21,6 +23,8 @@ What is timed:
               is looked at. ggml's CPU backend runs these two ops on one thread, whatever the number of threads
     copy      ggml_cpy of as many F32 rows, contiguous: what storing F32 cannot beat
     gguf      gguf.quants.quantize or dequantize: numpy, one thread (host devices only)
+    bounce    through host memory: rows to the host, ggml's reference conversion on one thread, rows to the device
+              (other devices only): what implementations without device conversions do
 
 Threads that wait for each other suffer most from other work on the machine: what the CPUs did for others meanwhile is
 printed, and should be near 0.
@@ -32,7 +36,7 @@ import datetime
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path
@@ -54,12 +58,14 @@ from ggml_mirror import Device, FeatureDtype, FeatureMirror, __version__, find_d
 from ggml_mirror._native import check, ggml_versions
 from ggml_mirror._native import ffi as native_ffi
 from ggml_mirror._native import lib as native
+from ggml_mirror.byte_size import parse_bytes
 from ggml_mirror.output import check_writable, write_atomically, write_json
 
-OPERATIONS = ("capture", "write", "read", "array")
+OPERATIONS = ("capture", "at once", "write", "read", "array")
 GRAPH_SIZE = 8
 MAX_STEPS = 64  # places through which a small batch of rows moves
-MIN_NUMPY_ROUNDS = 6
+MAX_SOURCE_BYTES = 4 << 30  # of inputs, and of outputs
+SLOW = {"gguf": 6, "bounce": 3}  # rounds in which they run, at least
 Rows = npt.NDArray[np.float32]
 
 # ------------------------------------------------------------------------------------------- ggml, the bare minimum
@@ -90,7 +96,14 @@ ffi.cdef("""
     int ggml_backend_tensor_alloc(void * buffer, struct ggml_tensor * tensor, void * address);
     void ggml_backend_tensor_set(struct ggml_tensor * tensor, const void * data, size_t offset, size_t size);
     void ggml_backend_tensor_get(const struct ggml_tensor * tensor, void * data, size_t offset, size_t size);
+    void ggml_backend_tensor_set_2d(struct ggml_tensor * tensor, const void * data, size_t offset, size_t size,
+                                    size_t n_copies, size_t stride_tensor, size_t stride_data);
     int ggml_backend_graph_compute(void * backend, struct ggml_cgraph * graph);
+    size_t ggml_quantize_chunk(int type, const float * src, void * dst, int64_t start, int64_t nrows, int64_t n_per_row,
+                               const float * imatrix);
+    struct type_traits { const char * name; int64_t blck; int64_t blck_interleave; size_t size; bool is_quantized;
+                         void (*to_float)(const void * x, float * y, int64_t k); };
+    const struct type_traits * ggml_get_type_traits(int type);
 """)
 F32, I32, I64 = 0, 26, 27  # enum ggml_type
 Tensor = Any
@@ -136,8 +149,8 @@ class Backend:
         if set_threads != ffi.NULL:
             ffi.cast("void (*)(void *, int)", set_threads)(self.handle, n_threads)
         # Per step: a graph and at most three tensors for each tap, and for the three operations on whole rows.
-        one = ggml.ggml_graph_overhead_custom(GRAPH_SIZE, False) + 3 * ggml.ggml_tensor_overhead()
-        self.ctx = ggml.ggml_init({"mem_size": (MAX_STEPS + 1) * 70 * one, "mem_buffer": ffi.NULL, "no_alloc": True})
+        one = ggml.ggml_graph_overhead_custom(GRAPH_SIZE, False) + 4 * ggml.ggml_tensor_overhead()
+        self.ctx = ggml.ggml_init({"mem_size": (MAX_STEPS + 1) * 140 * one, "mem_buffer": ffi.NULL, "no_alloc": True})
         self.arenas: list[Arena] = []
 
     def arena(self, n_bytes: int) -> Arena:
@@ -153,9 +166,11 @@ class Backend:
         ggml.ggml_backend_tensor_set(tensor, ffi.from_buffer(values), 0, values.nbytes)
         return tensor
 
-    def graph(self, op: Tensor) -> Any:
-        graph = ggml.ggml_new_graph_custom(self.ctx, GRAPH_SIZE, False)
-        ggml.ggml_build_forward_expand(graph, op)
+    def graph(self, *ops: Tensor) -> Any:
+        # A graph counts its leaves too: ring, rows and indices of each op.
+        graph = ggml.ggml_new_graph_custom(self.ctx, max(GRAPH_SIZE, 4 * len(ops)), False)
+        for op in ops:
+            ggml.ggml_build_forward_expand(graph, op)
         return graph
 
     def compute(self, *graphs: Any) -> None:
@@ -194,12 +209,21 @@ class Shape:
     def steps(self) -> int:
         return min(self.cap // self.rows, MAX_STEPS)
 
+    def start(self, step: int) -> int:
+        """The first position of a step: all over the ring."""
+        return step * (self.cap // self.rows // self.steps) * self.rows
+
+    @property
+    def sources(self) -> int:
+        """Places of inputs, and of outputs; steps take them in turn."""
+        return max(1, min(self.steps, MAX_SOURCE_BYTES // (self.rows * self.row_bytes)))
+
 
 class Bench:
     """The variants for one dtype and shape. ``calls[operation][variant](step)`` does the work of one round."""
 
     def __init__(self, shape: Shape, dtype: FeatureDtype, device: Device, n_threads: int, values: Rows) -> None:
-        self.shape, self.dtype = shape, dtype
+        self.shape, self.dtype, self.on_device = shape, dtype, not device.is_host
         self.backend = Backend(device.name, n_threads)
         options: dict[str, Any] = {"taps": shape.taps, "n_embd": shape.n_embd, "cap": shape.cap, "dtype": dtype}
         self.mirror = FeatureMirror(**options, device=device.name, n_threads=n_threads)
@@ -212,53 +236,65 @@ class Bench:
         self._add_copy()
         if device.is_host:
             self._add_gguf(values)
+        else:
+            self._add_bounce()
 
     def _make_tensors(self, values: Rows) -> None:
         s, b = self.shape, self.backend
         block = s.rows * s.row_bytes
-        source, self.output = b.arena(s.steps * block), b.arena(s.steps * block)
-        self.inputs = [b.tensor(source, F32, s.width, s.rows, step * block) for step in range(s.steps)]
-        self.outputs = [b.tensor(self.output, F32, s.width, s.rows, step * block) for step in range(s.steps)]
+        source, self.output = b.arena(s.sources * block), b.arena(s.sources * block)
+        inputs = [b.tensor(source, F32, s.width, s.rows, i * block) for i in range(s.sources)]
+        outputs = [b.tensor(self.output, F32, s.width, s.rows, i * block) for i in range(s.sources)]
         # The inputs' memory once more, as the taps of a target: tensors [n_embd, rows], one after the other.
-        self.slices = [
-            [b.tensor(source, F32, s.n_embd, s.rows, step * block + tap * block // s.taps) for tap in range(s.taps)]
-            for step in range(s.steps)
+        slices = [
+            [b.tensor(source, F32, s.n_embd, s.rows, i * block + tap * block // s.taps) for tap in range(s.taps)]
+            for i in range(s.sources)
         ]
-        for tensor in self.inputs:
+        for tensor in inputs:
             ggml.ggml_backend_tensor_set(tensor, ffi.from_buffer(values), 0, block)
+        self.inputs, self.outputs, self.slices = (
+            [made[step % s.sources] for step in range(s.steps)] for made in (inputs, outputs, slices)
+        )
 
     def _add_mirror(self, name: str, mirror: FeatureMirror) -> None:
-        rows, handle = self.shape.rows, mirror._open()
+        rows, start, handle = self.shape.rows, self.shape.start, mirror._open()
         inputs, outputs = [[_of_native(tensor) for tensor in tensors] for tensors in (self.inputs, self.outputs)]
         slices = [[_of_native(tensor) for tensor in tensors] for tensors in self.slices]
+        taps = [native_ffi.new("struct ggml_tensor *[]", tensors) for tensors in slices]
 
         def capture(step: int) -> None:
             for tap, tensor in enumerate(slices[step]):
-                check(native.gm_mirror_write_tensor(handle, tap, step * rows, tensor))
+                check(native.gm_mirror_write_tensor(handle, tap, start(step), tensor))
+
+        def at_once(step: int) -> None:
+            check(native.gm_mirror_write_taps(handle, start(step), taps[step]))
 
         def write(step: int) -> None:
-            check(native.gm_mirror_write_tensor(handle, -1, step * rows, inputs[step]))
+            check(native.gm_mirror_write_tensor(handle, -1, start(step), inputs[step]))
 
         def read(step: int) -> None:
-            check(native.gm_mirror_read_tensor(handle, step * rows, rows, outputs[step]))
+            check(native.gm_mirror_read_tensor(handle, start(step), rows, outputs[step]))
 
-        self.calls["capture"][name], self.calls["write"][name], self.calls["read"][name] = capture, write, read
-        self.calls["array"][name] = lambda step: mirror.read(start=step * rows, count=rows)
+        self.calls["capture"][name], self.calls["at once"][name] = capture, at_once
+        self.calls["write"][name], self.calls["read"][name] = write, read
+        self.calls["array"][name] = lambda step: mirror.read(start=start(step), count=rows)
 
     def _add_stock(self) -> None:
         s, b = self.shape, self.backend
         row, tap = row_bytes(self.dtype, s.width), row_bytes(self.dtype, s.n_embd)
-        ring = b.tensor(b.arena(s.cap * row), self.dtype.ggml_type, s.width, s.cap)
+        self.ring = ring = b.tensor(b.arena(s.cap * row), self.dtype.ggml_type, s.width, s.cap)
         views = [ggml.ggml_view_2d(b.ctx, ring, s.n_embd, s.cap, row, i * tap) for i in range(s.taps)]
-        capture, write, read = [], [], []
+        capture, at_once, write, read = [], [], [], []
         for step in range(s.steps):
-            where, which = b.indices(I64, step * s.rows, s.rows), b.indices(I32, step * s.rows, s.rows)
-            pairs = zip(views, self.slices[step], strict=True)
+            where, which = b.indices(I64, s.start(step), s.rows), b.indices(I32, s.start(step), s.rows)
+            pairs = list(zip(views, self.slices[step], strict=True))
             capture.append([b.graph(ggml.ggml_set_rows(b.ctx, view, source, where)) for view, source in pairs])
+            at_once.append(b.graph(*(ggml.ggml_set_rows(b.ctx, view, source, where) for view, source in pairs)))
             write.append(b.graph(ggml.ggml_set_rows(b.ctx, ring, self.inputs[step], where)))
             rows = ggml.ggml_get_rows(b.ctx, ring, which)
-            read.append(b.graph(self.output.place(rows, step * s.rows * s.row_bytes)))
+            read.append(b.graph(self.output.place(rows, step % s.sources * s.rows * s.row_bytes)))
         self.calls["capture"]["stock"] = lambda step: b.compute(*capture[step])
+        self.calls["at once"]["stock"] = lambda step: b.compute(at_once[step])
         self.calls["write"]["stock"] = lambda step: b.compute(write[step])
         self.calls["read"]["stock"] = lambda step: b.compute(read[step])
 
@@ -266,8 +302,31 @@ class Bench:
         b = self.backend
         pairs = zip(self.inputs, self.outputs, strict=True)
         graphs = [b.graph(ggml.ggml_cpy(b.ctx, source, to)) for source, to in pairs]
-        for operation in "capture", "write", "read":
+        for operation in "capture", "at once", "write", "read":
             self.calls[operation]["copy"] = lambda step: b.compute(graphs[step])
+
+    def _add_bounce(self) -> None:
+        s, kind = self.shape, self.dtype.ggml_type
+        row, tap_row = row_bytes(self.dtype, s.width), row_bytes(self.dtype, s.n_embd)
+        floats, stored = np.empty(s.rows * s.width, np.float32), np.empty(s.rows * row, np.uint8)
+        host, bytes_ = ffi.from_buffer("float[]", floats), ffi.from_buffer("char[]", stored)
+        to_float = ggml.ggml_get_type_traits(kind).to_float
+
+        def capture(step: int) -> None:
+            for tap, tensor in enumerate(self.slices[step]):
+                ggml.ggml_backend_tensor_get(tensor, host, 0, s.rows * s.n_embd * 4)
+                ggml.ggml_quantize_chunk(kind, host, bytes_, 0, s.rows, s.n_embd, ffi.NULL)
+                at = s.start(step) * row + tap * tap_row
+                ggml.ggml_backend_tensor_set_2d(self.ring, bytes_, at, tap_row, s.rows, row, tap_row)
+
+        def read(step: int) -> None:
+            ggml.ggml_backend_tensor_get(self.ring, bytes_, s.start(step) * row, s.rows * row)
+            if to_float != ffi.NULL:
+                to_float(bytes_, host, s.rows * s.width)
+            data = host if to_float != ffi.NULL else bytes_
+            ggml.ggml_backend_tensor_set(self.outputs[step], data, 0, s.rows * s.row_bytes)
+
+        self.calls["capture"]["bounce"], self.calls["read"]["bounce"] = capture, read
 
     def _add_gguf(self, values: Rows) -> None:
         if self.dtype == FeatureDtype.F32:
@@ -290,32 +349,33 @@ class Bench:
 
     def warm_up(self) -> None:
         """Touch all memory, and see that each variant stored and read the same rows but for ties."""
-        for operation, step in product(("write", "capture", "read"), range(self.shape.steps)):
+        for operation, step in product(("write", "capture", "at once", "read"), range(self.shape.steps)):
             for variant, call in self.calls[operation].items():
-                if variant != "gguf":
+                if variant not in SLOW or (variant == "bounce" and step == 0 and operation == "read"):
                     call(step)
         found = {}
-        for variant in "mirror", "checked", "stock":
+        rows = min(self.shape.rows, 512)
+        for variant in {"mirror", "checked", "stock", "bounce"} & self.calls["read"].keys():
             self.calls["read"][variant](0)
-            found[variant] = np.empty((self.shape.rows, self.shape.width), np.float32)
+            found[variant] = np.empty((rows, self.shape.width), np.float32)
             data = ffi.from_buffer(found[variant])
             ggml.ggml_backend_tensor_get(self.outputs[0], data, 0, found[variant].nbytes)
-        for variant in "checked", "stock":
+        for variant in found:
             error = np.abs(found[variant] - found["mirror"]).mean() / np.abs(found["mirror"]).mean()
             if not error < 1e-3:
                 raise SystemExit(f"{self.dtype}: the rows of {variant} differ from the mirror's by {error:.1%}")
 
     def run(self, rounds: int, tick: Callable[[], None]) -> list[Timing]:
-        """``rounds`` rounds of every operation and variant; gguf's, which take long, in a few of them."""
+        """``rounds`` rounds of every operation and variant; those that take long, in a few of them."""
         timings = {(o, v): Timing(self.dtype.value, self.shape, o, v) for o in OPERATIONS for v in self.calls[o]}
-        every = max(rounds // MIN_NUMPY_ROUNDS, 1)
         steps = self.shape.steps
         for number in range(rounds):
             for operation in OPERATIONS:
                 variants = list(self.calls[operation].items())
                 turn = number % len(variants)
                 for variant, call in variants[turn:] + variants[:turn]:
-                    if variant == "gguf" and number % every:
+                    slow = SLOW.get(variant, SLOW["bounce"] if operation == "array" and self.on_device else rounds)
+                    if number % max(rounds // slow, 1):
                         continue
                     # Far from where the calls before it were, so that none of its rows are in a cache.
                     place = list(timings).index((operation, variant))
@@ -355,10 +415,14 @@ class Timing:
         return median(self.ns.values()) / 1e3
 
     @property
-    def gb_per_s(self) -> float:
-        """Bytes read and bytes written."""
+    def n_bytes(self) -> int:
+        """Read and written."""
         stored = self.shape.row_bytes if self.variant == "copy" else row_bytes(self.dtype, self.shape.width)
-        return self.shape.rows * (self.shape.row_bytes + stored) / self.median_us / 1e3
+        return self.shape.rows * (self.shape.row_bytes + stored)
+
+    @property
+    def gb_per_s(self) -> float:
+        return self.n_bytes / self.median_us / 1e3
 
     def speed_over(self, other: Timing) -> float:
         """How many times as fast as ``other``: the median over the rounds in which both ran."""
@@ -389,6 +453,12 @@ class Comparison:
     def ratio(self, variant: str) -> float | None:
         return self.mirror.speed_over(self.others[variant]) if variant in self.others else None
 
+    @property
+    def bandwidth(self) -> float | None:
+        """Bytes per second, read and written, as a part of the copy's."""
+        ratio = self.ratio("copy")
+        return None if ratio is None else ratio * self.mirror.n_bytes / self.others["copy"].n_bytes
+
 
 def compare(timings: list[Timing]) -> list[Comparison]:
     groups: dict[tuple[int, str, str], dict[str, Timing]] = {}
@@ -399,42 +469,75 @@ def compare(timings: list[Timing]) -> list[Comparison]:
 
 @dataclass(frozen=True)
 class Goal:
+    """``what`` of an operation is to be at least, or at most, ``wanted``."""
+
     dtype: str
     rows: int
     operation: str
-    variant: str
+    what: str
     wanted: float
     reached: float
+    at_most: bool = False
 
     @property
     def met(self) -> bool:
-        return self.reached >= self.wanted
+        return self.reached <= self.wanted if self.at_most else self.reached >= self.wanted
 
 
-def goals(comparisons: list[Comparison]) -> list[Goal]:
-    """On CPUs, for 512 rows of 25,600 and more: q8_0, f16, bf16 as fast as 0.9 x the stock op; q8_0 as 10 x gguf."""
-    found = []
-    for c in comparisons:
-        m = c.mirror
-        if m.shape.width != 25600 or m.shape.rows < 512 or m.operation == "array":
-            continue
-        for variant, dtypes, wanted in ("stock", ("q8_0", "f16", "bf16"), 0.9), ("gguf", ("q8_0",), 10.0):
-            reached = c.ratio(variant)
-            if m.dtype in dtypes and reached is not None:
-                found.append(Goal(m.dtype, m.shape.rows, m.operation, variant, wanted, reached))
-    return found
+def host_goals(c: Comparison) -> Iterator[Goal]:
+    """512 rows and more: q8_0, f16, bf16 as fast as 0.9 x the stock op; q8_0 as 10 x gguf."""
+    m = c.mirror
+    if m.shape.rows < 512 or m.operation in ("array", "at once"):
+        return
+    for variant, dtypes, wanted in ("stock", ("q8_0", "f16", "bf16"), 0.9), ("gguf", ("q8_0",), 10.0):
+        reached = c.ratio(variant)
+        if m.dtype in dtypes and reached is not None:
+            yield Goal(m.dtype, m.shape.rows, m.operation, f"x {variant}", wanted, reached)
 
 
-def result_table(comparisons: list[Comparison], markdown: bool) -> Table:
+def device_goals(c: Comparison) -> Iterator[Goal]:
+    """8,192 rows: near the copy's bandwidth, and q8_0 read in less time than F32 rows are copied. 16 rows: soon."""
+    m = c.mirror
+
+    def goal(what: str, wanted: float, reached: float, at_most: bool = False) -> Goal:
+        return Goal(m.dtype, m.shape.rows, m.operation, what, wanted, reached, at_most)
+
+    captures, reads = m.operation in ("capture", "at once"), m.operation == "read"
+    if m.shape.rows >= 8192 and (captures or reads) and c.bandwidth is not None:
+        wanted = (
+            {"q4_0": 0.7, "f16": 0.85, "bf16": 0.85, "q8_0": 0.85}
+            if reads
+            else {"q4_0": 0.7, "f32": 0.8, "f16": 0.8, "bf16": 0.8, "q8_0": 0.8}
+        )
+        if m.dtype in wanted:
+            yield goal("of the copy's bandwidth", wanted[m.dtype], c.bandwidth)
+        ratio = c.ratio("copy")
+        if reads and m.dtype == "q8_0" and ratio:
+            yield goal("of the copy's time", 0.7, 1 / ratio, at_most=True)
+    if m.shape.rows == 16 and captures and m.dtype in ("f32", "f16", "bf16", "q8_0"):
+        yield goal("us", 15, m.median_us, at_most=True)
+    if m.shape.rows == 16 and reads and m.dtype in ("f16", "bf16", "q8_0"):
+        yield goal("us", 10, m.median_us, at_most=True)
+
+
+def goals(comparisons: list[Comparison], on_device: bool) -> list[Goal]:
+    """What rows of 25,600 are to reach."""
+    wanted = device_goals if on_device else host_goals
+    return [goal for c in comparisons if c.mirror.shape.width == 25600 for goal in wanted(c)]
+
+
+def result_table(comparisons: list[Comparison], markdown: bool, on_device: bool) -> Table:
+    variants = ("copy", "stock", "checked", "bounce" if on_device else "gguf")
     table = Table(box=box.MARKDOWN if markdown else box.SIMPLE_HEAD)
-    for name in "rows", "operation", "dtype", "us", "us / row", "GB/s", "x copy", "x stock", "x checked", "x gguf":
+    for name in ("rows", "operation", "dtype", "us", "us / row", "GB/s", "of copy's", *(f"x {v}" for v in variants)):
         table.add_column(name, justify="left" if name in ("operation", "dtype") else "right", no_wrap=True)
     for c in sorted(comparisons, key=lambda c: (c.mirror.shape.rows, OPERATIONS.index(c.mirror.operation))):
         m = c.mirror
-        ratios = [c.ratio(variant) for variant in ("copy", "stock", "checked", "gguf")]
+        ratios = [c.ratio(variant) for variant in variants]
         table.add_row(
             *(str(m.shape.rows), m.operation, m.dtype),
-            *(f"{m.median_us:,.0f}", f"{m.median_us / m.shape.rows:.1f}", f"{m.gb_per_s:.2f}"),
+            *(f"{m.median_us:,.1f}", f"{m.median_us / m.shape.rows:.2f}", f"{m.gb_per_s:.2f}"),
+            "" if c.bandwidth is None else f"{c.bandwidth:.0%}",
             *("" if ratio is None else f"{ratio:.2f}" for ratio in ratios),
         )
     return table
@@ -449,7 +552,15 @@ def plot(comparisons: list[Comparison], title: str, path: Path) -> None:
     figure = Figure(figsize=(9, 6), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(f"{rows} rows, {title}")
-    variants = {"mirror": "#2563a8", "checked": "#8fb3d9", "stock": "#b4471f", "copy": "#6b7280", "gguf": "#c9a227"}
+    colours = {
+        "mirror": "#2563a8",
+        "checked": "#8fb3d9",
+        "stock": "#b4471f",
+        "copy": "#6b7280",
+        "gguf": "#c9a227",
+        "bounce": "#c9a227",
+    }
+    variants = {v: colour for v, colour in colours.items() if any(v in c.others for c in comparisons)}
     for axes, operation in zip(figure.subplots(2, 1), ("capture", "read"), strict=True):
         shown = [c for c in comparisons if c.mirror.shape.rows == rows and c.mirror.operation == operation]
         for i, (variant, colour) in enumerate(variants.items()):
@@ -497,6 +608,9 @@ def main(
     taps: Annotated[int, typer.Option(help="Slices per row.")] = 5,
     rows: Annotated[str, typer.Option(help="Rows at a time, comma-separated.")] = "16,512,2048",
     cap: Annotated[int, typer.Option(help="Slots of the ring, rounded down to a multiple of rows.")] = 4096,
+    ring: Annotated[
+        str, typer.Option(help="Bytes of the ring at least, such as 4GiB; takes more slots if need be.")
+    ] = "0",
     dtypes: Annotated[str, typer.Option(help="Comma-separated.")] = "f32,f16,bf16,q8_0,q5_1,q4_0",
     device: Annotated[str, typer.Option(help="cpu, auto, or a ggml device name such as CUDA0.")] = "cpu",
     repeat: Annotated[int, typer.Option(help="Rounds.", min=3)] = 31,
@@ -512,8 +626,9 @@ def main(
     found, n_threads = find_device(device), threads or os.cpu_count() or 1
     wanted = [FeatureDtype.parse(name) for name in dtypes.split(",")]
     counts = [int(count) for count in rows.split(",")]
-    if width % taps or not all(0 < count <= cap for count in counts):
-        raise typer.BadParameter("width must be a multiple of taps, and each row count between 1 and cap")
+    ring_bytes = parse_bytes(ring)
+    if width % taps or not all(count > 0 for count in counts):
+        raise typer.BadParameter("width must be a multiple of taps, and rows positive")
 
     # As features are: unlike in size from row to row, a few channels far above the rest.
     rng = np.random.default_rng(0)
@@ -529,7 +644,8 @@ def main(
         task = progress.add_task("", total=len(counts) * len(wanted) * repeat)
         for count, dtype in product(counts, wanted):
             progress.update(task, description=f"{count} rows, {dtype}")
-            shape = Shape(taps, width // taps, count, cap // count * count)
+            slots = max(cap // count, -(-ring_bytes // (row_bytes(dtype, width) * count)), 1) * count
+            shape = Shape(taps, width // taps, count, slots)
             bench = Bench(shape, dtype, found, n_threads, values)
             bench.warm_up()
             timings += bench.run(repeat, lambda: progress.advance(task))
@@ -545,13 +661,13 @@ def main(
     console.print(f"{name}; rows of {taps} x {width // taps}; medians of {repeat} rounds; x: how many times as fast")
     if others is not None:
         console.print(f"other processes kept {others:.2f} cores busy")
-    console.print(result_table(comparisons, markdown))
-    reached = goals(comparisons) if found.is_host else []
+    console.print(result_table(comparisons, markdown, not found.is_host))
+    reached = goals(comparisons, not found.is_host)
     for goal in reached:
         verdict = "[green]PASS" if goal.met else "[red]FAIL"
         console.print(
-            f"{verdict}[/] {goal.operation} of {goal.rows} rows, {goal.dtype}: {goal.reached:.2f} x {goal.variant}, "
-            f"goal {goal.wanted:g}"
+            f"{verdict}[/] {goal.operation} of {goal.rows} rows, {goal.dtype}: {goal.reached:.2f} {goal.what}, "
+            f"goal {'at most' if goal.at_most else 'at least'} {goal.wanted:g}"
         )
     if json_file:
         versions = ggml_versions()
@@ -572,6 +688,7 @@ def main(
                     "dtype": c.mirror.dtype,
                     "rows": c.mirror.shape.rows,
                     "operation": c.mirror.operation,
+                    "bandwidth_of_copy": c.bandwidth,
                     **{f"x_{variant}": c.ratio(variant) for variant in c.others if variant != "mirror"},
                 }
                 for c in comparisons

@@ -3,6 +3,7 @@ tapped block, a new evaluation of the same tokens, and a plain Python ring."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import itertools
@@ -22,7 +23,7 @@ import pytest
 from llama_cpp._internals import LlamaContext
 from tiny_models import BOS, TARGET_ARCHS, write_tiny_model
 
-from ggml_mirror import FeatureMirror, capture
+from ggml_mirror import FeatureMirror, capture, devices
 from ggml_mirror.errors import ArgumentError, CaptureError, ClosedError, GgmlMirrorError, StaleRowError
 from ggml_mirror.model_info import default_taps
 
@@ -220,6 +221,33 @@ def test_taps_default_to_the_dflash_layers(load: Load) -> None:
         with capture(llm, by_hand, default_taps(N_LAYER)):
             llm.eval(tokens)
         np.testing.assert_array_equal(by_default.read(start=0, count=20), by_hand.read(start=0, count=20))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("n_gpu_layers", [-1, 4, 0])
+def test_mirrors_on_a_gpu_hold_what_one_in_host_memory_does(load: Load, n_gpu_layers: int) -> None:
+    """From a target on the GPU, on both, in host memory: by kernels and by ggml's operations, over several batches and the ring's end."""
+    gpus = [d.name for d in devices() if not d.is_host]
+    if not gpus:
+        pytest.skip("needs a GPU")
+    llm, cap = load(n_gpu_layers=n_gpu_layers, n_batch=32, n_ubatch=16), 100
+    with contextlib.ExitStack() as stack:
+        mirrors = [stack.enter_context(_mirror(cap))]
+        for gpu, dtype, ggml_ops in itertools.product(gpus, ("f32", "f16", "q8_0"), (False, True)):
+            options: dict[str, Any] = {"taps": len(TAPS), "n_embd": N_EMBD, "cap": cap, "dtype": dtype}
+            mirrors.append(stack.enter_context(FeatureMirror(**options, device=gpu, ggml_ops=ggml_ops)))
+        with capture(llm, mirrors, TAPS):
+            _generate(llm, _tokens(130), 40)
+        want = mirrors[0].read(start=160 - cap // 2, count=cap // 2)
+        for m in mirrors[1:]:
+            assert m.positions.tolist() == mirrors[0].positions.tolist()
+            rows = m.read(start=160 - cap // 2, count=cap // 2)
+            if m.dtype == "f32":
+                np.testing.assert_array_equal(rows, want)
+            else:
+                blocks = np.abs(want.reshape(-1, 32)).max(axis=1).repeat(32).reshape(want.shape)
+                step = blocks / 127 if m.dtype == "q8_0" else blocks * 2.0**-11
+                assert (np.abs(rows - want) <= 0.51 * step + 1e-6).all()
 
 
 @pytest.mark.parametrize("dtype", ["f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"])
