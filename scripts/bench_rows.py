@@ -387,6 +387,7 @@ class Bench:
         return list(timings.values())
 
     def close(self) -> None:
+        self.calls.clear()  # they hold the mirrors' native handles
         self.mirror.close()
         self.checked.close()
         self.backend.close()

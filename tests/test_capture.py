@@ -246,8 +246,8 @@ def test_mirrors_on_a_gpu_hold_what_one_in_host_memory_does(load: Load, n_gpu_la
                 np.testing.assert_array_equal(rows, want)
             else:
                 blocks = np.abs(want.reshape(-1, 32)).max(axis=1).repeat(32).reshape(want.shape)
-                step = blocks / 127 if m.dtype == "q8_0" else blocks * 2.0**-11
-                assert (np.abs(rows - want) <= 0.51 * step + 1e-6).all()
+                step = blocks / 127 if m.dtype == "q8_0" else blocks * 2.0**-10
+                assert (np.abs(rows - want) <= 0.57 * step).all()  # half a step, and the rounding of the scale to f16
 
 
 @pytest.mark.parametrize("dtype", ["f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"])
