@@ -122,18 +122,29 @@ void gm_mirror::write_sources(int32_t tap, int64_t start, int64_t count, int32_t
     const uint64_t              taps    = tap < 0 ? slots_.all_taps() : uint64_t(1) << tap;
     std::vector<gm::Tally>      tallies(size_t(params_.taps));
 
-    std::vector<gm::RowSource>  rest;
-    for (int32_t i = 0; i < n_sources; ++i) rest.push_back(sources[i].skip(dropped));
+    std::vector<gm::RowSource>  rest(sources, sources + n_sources);
+    for (gm::RowSource & source : rest) source = source.skip(dropped);
 
-    slots_.begin_write(first, kept, taps);
-    if (rows_ && n_sources > 1) {
-        rows_->write_taps(first, kept, n_sources, rest.data(), tallies.data(), times_.host_copy_bytes);
-    } else if (rows_) {
-        rows_->write(tap, first, kept, rest[0], &tallies[size_t(std::max(tap, 0))], times_.host_copy_bytes);
-    } else {
-        for (int32_t i = 0; i < n_sources; ++i) write_host(n_sources > 1 ? i : tap, first, kept, rest[size_t(i)], tallies);
+    try {
+        if (rows_ && n_sources > 1) {
+            rows_->write_taps(first, kept, n_sources, rest.data(), tallies.data(), times_.host_copy_bytes);
+        } else if (rows_) {
+            rows_->write(tap, first, kept, rest[0], &tallies[size_t(std::max(tap, 0))], times_.host_copy_bytes);
+        } else {
+            for (int32_t i = 0; i < n_sources; ++i) write_host(n_sources > 1 ? i : tap, first, kept, rest[size_t(i)], tallies);
+        }
+        // A device is at work on the rows meanwhile.
+        slots_.begin_write(first, kept, taps);
+        slots_.end_write(first, kept, taps);
+        if (rows_) rows_->finish();
+    } catch (...) {
+        slots_.begin_write(first, kept, taps);  // nobody knows what was stored
+        try {
+            if (rows_) rows_->finish();  // the source is the caller's again
+        } catch (...) {
+        }
+        throw;
     }
-    slots_.end_write(first, kept, taps);
 
     for (int32_t t = 0; t < params_.taps; ++t) {
         if (tap >= 0 && t != tap) continue;

@@ -18,21 +18,28 @@ Runs Ring::runs(int64_t start, int64_t count) const {
     return runs;
 }
 
+// Runs body(position, slot) over the range, without a division for each.
+template <class Slots, class Body> static void for_slots(Slots & slots, const Runs & runs, int64_t start, Body && body) {
+    for (const Run & run : runs) {
+        auto * slot = slots.data() + run.slot;
+        for (int64_t i = 0; i < run.count; ++i) body(start + run.offset + i, slot[i]);
+    }
+}
+
 void Ring::begin_write(int64_t start, int64_t count, uint64_t taps) {
-    for (int64_t p = start; p < start + count; ++p) {
-        Slot & s = slots_[slot(p)];
+    for_slots(slots_, runs(start, count), start, [&](int64_t p, Slot & s) {
         if (s.position != p) s = { p, 0, 0 };
         s.taps &= ~taps;
-    }
+    });
     end_ = std::max(end_, start + count);
 }
 
 void Ring::end_write(int64_t start, int64_t count, uint64_t taps) {
     ++version_;
-    for (int64_t p = start; p < start + count; ++p) {
-        slots_[slot(p)].taps |= taps;
-        slots_[slot(p)].version = version_;
-    }
+    for_slots(slots_, runs(start, count), start, [&](int64_t, Slot & s) {
+        s.taps |= taps;
+        s.version = version_;
+    });
 }
 
 void Ring::truncate(int64_t from) {
@@ -58,20 +65,25 @@ static std::string tap_list(uint64_t taps) {
 }
 
 void Ring::require(int64_t start, int64_t count) const {
-    for (int64_t p = start; p < start + count; ++p) {
-        const Slot & s = slots_[slot(p)];
-        if (s.position == p && s.taps == all_taps_) continue;
-        char reason[256];
-        if (s.position == p && s.taps != 0) {
-            snprintf(reason, sizeof(reason), "is partial: taps not written: %s", tap_list(all_taps_ & ~s.taps).c_str());
-        } else if (s.position > p) {
-            snprintf(reason, sizeof(reason), "was overwritten by position %lld (cap %lld)", (long long) s.position, (long long) cap());
-        } else {
-            snprintf(reason, sizeof(reason), "was never written, or was forgotten by truncate or clear");
-        }
-        throw error(GM_ERR_STALE, "cannot read positions %lld..%lld: position %lld %s", (long long) start,
-                    (long long) (start + count - 1), (long long) p, reason).at(p);
+    // More positions than slots: at the latest behind one ring's worth, one is found wanting.
+    for_slots(slots_, runs(start, std::min(count, cap())), start, [&](int64_t p, const Slot & s) {
+        if (s.position != p || s.taps != all_taps_) throw stale(start, count, p);
+    });
+    if (count > cap()) throw stale(start, count, start + cap());
+}
+
+Error Ring::stale(int64_t start, int64_t count, int64_t p) const {
+    const Slot & s = slots_[size_t(slot(p))];
+    char         reason[256];
+    if (s.position == p && s.taps != 0) {
+        snprintf(reason, sizeof(reason), "is partial: taps not written: %s", tap_list(all_taps_ & ~s.taps).c_str());
+    } else if (s.position > p) {
+        snprintf(reason, sizeof(reason), "was overwritten by position %lld (cap %lld)", (long long) s.position, (long long) cap());
+    } else {
+        snprintf(reason, sizeof(reason), "was never written, or was forgotten by truncate or clear");
     }
+    return error(GM_ERR_STALE, "cannot read positions %lld..%lld: position %lld %s", (long long) start, (long long) (start + count - 1), (long long) p,
+                 reason).at(p);
 }
 
 std::vector<Ring::Live> Ring::live(bool complete_only) const {

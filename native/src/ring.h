@@ -31,7 +31,7 @@ class Ring {
     // start..start+count-1; count <= cap.
     Runs runs(int64_t start, int64_t count) const;
 
-    // Before data of `taps` moves into the range: those taps are no longer valid. After it: they are.
+    // Of the range, `taps` are no longer valid; they hold these positions.
     void begin_write(int64_t start, int64_t count, uint64_t taps);
     void end_write(int64_t start, int64_t count, uint64_t taps);
 
@@ -62,6 +62,8 @@ class Ring {
         uint64_t taps     = 0;
         uint64_t version  = 0;
     };
+    Error stale(int64_t start, int64_t count, int64_t position) const;
+
     std::vector<Slot> slots_;
     uint64_t          all_taps_;
     uint64_t          version_ = 0;

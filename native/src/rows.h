@@ -22,14 +22,16 @@ class Rows {
   public:
     virtual ~Rows() = default;
 
-    // tap -1: whole rows, and a tally per tap; else one. Adds to host_bytes what crossed between host and device memory. Source and ring are
-    // free for anyone's use when it returns.
+    // tap -1: whole rows, and a tally per tap; else one. Adds to host_bytes what crossed between host and device memory. The device may still
+    // be at work on source and ring when it returns, until finish() has.
     virtual void write(int32_t tap, int64_t start, int64_t count, const RowSource & source, Tally * tallies, int64_t & host_bytes) = 0;
 
     // The same of all taps at once, a source for each.
     virtual void write_taps(int64_t start, int64_t count, int32_t taps, const RowSource * sources, Tally * tallies, int64_t & host_bytes) {
         for (int32_t t = 0; t < taps; ++t) write(t, start, count, sources[t], tallies + t, host_bytes);
     }
+
+    virtual void finish() {}
 
     virtual void read_host(int64_t start, int64_t count, float * rows, int64_t & host_bytes)                       = 0;
     virtual void read_tensor(int64_t start, int64_t count, const ggml_tensor * rows, ggml_backend_buffer_t buffer) = 0;

@@ -1,7 +1,7 @@
 // The row paths of a ring in the memory of a CUDA or HIP device: one launch per call, on a stream of the ring's own.
 //
-// ggml's streams do not wait for others, and it gives no handle of them away. So a write starts when the caller's data is complete, and each
-// call waits on the host until its launch is done: what the caller computes next, on whatever stream, sees the rows, and may reuse the source.
+// ggml's streams do not wait for others, and it gives no handle of them away. So a write starts when the caller's data is complete, and the
+// host waits until it is done: what the caller computes next, on whatever stream, sees the rows, and may reuse the source.
 #include "rows_kernels.h"
 
 #include "device.h"
@@ -40,51 +40,6 @@ class OnDevice {
     int before_ = -1;
 };
 
-// Starts one kernel, again and again. As a graph of one node, which CUDA launches in less time than the kernel itself.
-template <class Job> class Launch {
-  public:
-    explicit Launch(void (*kernel)(Job)) : kernel_(kernel) {}
-    Launch(const Launch &)             = delete;
-    Launch & operator=(const Launch &) = delete;
-
-#if defined(GM_HIP)
-    void operator()(dim3 blocks, int threads, const Job & job, cudaStream_t stream) {
-        kernel_<<<blocks, threads, 0, stream>>>(job);
-        check(cudaGetLastError(), "start a kernel");
-    }
-#else
-    ~Launch() {
-        if (run_) (void) cudaGraphExecDestroy(run_);
-        if (graph_) (void) cudaGraphDestroy(graph_);
-    }
-
-    void operator()(dim3 blocks, int threads, const Job & job, cudaStream_t stream) {
-        void *               arguments[] = { const_cast<Job *>(&job) };
-        cudaKernelNodeParams node{};
-        node.func         = reinterpret_cast<void *>(kernel_);
-        node.gridDim      = blocks;
-        node.blockDim     = dim3(uint32_t(threads));
-        node.kernelParams = arguments;
-        if (run_) {
-            check(cudaGraphExecKernelNodeSetParams(run_, node_, &node), "set a kernel's parameters");
-        } else {
-            if (!graph_) check(cudaGraphCreate(&graph_, 0), "make a graph");
-            if (!node_) check(cudaGraphAddKernelNode(&node_, graph_, nullptr, 0, &node), "make a graph");
-            check(cudaGraphInstantiateWithFlags(&run_, graph_, 0), "make a graph");
-        }
-        check(cudaGraphLaunch(run_, stream), "start a kernel");
-    }
-
-  private:
-    cudaGraph_t     graph_ = nullptr;
-    cudaGraphNode_t node_  = nullptr;
-    cudaGraphExec_t run_   = nullptr;
-#endif
-
-  private:
-    void (*kernel_)(Job);
-};
-
 // The kernels of one format.
 struct Kernels {
     void (*capture)(CaptureJob);
@@ -119,6 +74,7 @@ class KernelRows final : public Rows {
 
     void write(int32_t tap, int64_t start, int64_t count, const RowSource & source, Tally * tallies, int64_t & host_bytes) override;
     void write_taps(int64_t start, int64_t count, int32_t taps, const RowSource * sources, Tally * tallies, int64_t & host_bytes) override;
+    void finish() override;
     void read_host(int64_t start, int64_t count, float * rows, int64_t & host_bytes) override;
     void read_tensor(int64_t start, int64_t count, const ggml_tensor * rows, ggml_backend_buffer_t buffer) override;
     void collect(Tally * tallies) override;
@@ -140,8 +96,6 @@ class KernelRows final : public Rows {
     ggml_backend_dev_t      device_;
     const Dtype &           dtype_;
     const Kernels &         kernels_;
-    Launch<CaptureJob>      launch_capture_;
-    Launch<ReadJob>         launch_read_;
     RingPlace               place_;
     int64_t                 chunk_;   // rows that fit into the staging
     ggml_backend_buffer_ptr staging_;
@@ -152,7 +106,7 @@ class KernelRows final : public Rows {
 };
 
 KernelRows::KernelRows(ggml_backend_dev_t device, const Dtype & dtype, ggml_tensor * ring, int32_t taps)
-    : device_(device), dtype_(dtype), kernels_(*kernels_of(dtype.type)), launch_capture_(kernels_.capture), launch_read_(kernels_.read),
+    : device_(device), dtype_(dtype), kernels_(*kernels_of(dtype.type)),
       place_{ static_cast<char *>(ring->data), ring->nb[1], ring->ne[0] / taps, taps, ring->ne[1] }, chunk_(staged_rows(ring->ne[0], ring->ne[1])) {
     if (place_.n_embd > INT32_MAX) throw error(GM_ERR_WIDTH, "n_embd is %lld; kernels take up to %d values", (long long) place_.n_embd, INT32_MAX);
     const uint64_t bytes = row_kernels_staging_bytes(width(), place_.cap);
@@ -245,7 +199,8 @@ KernelRows::Place KernelRows::stage(const RowSource & source, int64_t width, int
 void KernelRows::capture(int32_t first_tap, int32_t n_taps, int64_t start, int64_t count, const char ** source, uint64_t row_stride) {
     while (count > 0) {
         const CaptureJob job = capture_job(place_, first_tap, n_taps, start, count, source, row_stride, dtype_.limit, counters_);
-        launch_capture_(dim3(capture_blocks(job), uint32_t(n_taps)), kCaptureThreads, job, stream_);
+        kernels_.capture<<<dim3(capture_blocks(job), uint32_t(n_taps)), kCaptureThreads, 0, stream_>>>(job);
+        check(cudaGetLastError(), "start a capture");
         start += job.rows;
         count -= job.rows;
         for (int32_t t = 0; t < n_taps; ++t) source[t] += job.rows * row_stride;
@@ -266,7 +221,6 @@ void KernelRows::write(int32_t tap, int64_t start, int64_t count, const RowSourc
         for (int32_t t = 0; t < n_taps; ++t) slices[t] = from.data + uint64_t(t) * uint64_t(place_.n_embd) * sizeof(float);
         capture(first_tap, n_taps, start + i, n, slices, from.stride);
     }
-    wait();
 }
 
 // One launch, if each tap's rows can be read where they are, at one stride.
@@ -281,6 +235,10 @@ void KernelRows::write_taps(int64_t start, int64_t count, int32_t taps, const Ro
     if (!together) return Rows::write_taps(start, count, taps, sources, tallies, host_bytes);
     const OnDevice on(ordinal_);
     capture(0, taps, start, count, slices, sources[0].tensor->nb[1]);
+}
+
+void KernelRows::finish() {
+    const OnDevice on(ordinal_);
     wait();
 }
 
@@ -288,7 +246,8 @@ void KernelRows::write_taps(int64_t start, int64_t count, int32_t taps, const Ro
 void KernelRows::read(int64_t start, int64_t count, float * rows) {
     const ReadJob job = read_job(place_, start, count, rows, kernels_.group_bytes);
     if (kernels_.read) {
-        launch_read_(dim3(read_blocks(job), job.runs), kReadThreads, job, stream_);
+        kernels_.read<<<dim3(read_blocks(job), job.runs), kReadThreads, 0, stream_>>>(job);
+        check(cudaGetLastError(), "start a read");
         return;
     }
     for (uint32_t i = 0; i < job.runs; ++i) {
