@@ -7,7 +7,7 @@
 namespace gm {
 
 Ring::Ring(int64_t cap, int32_t taps)
-    : slots_(size_t(cap)), all_taps_(taps == 64 ? ~uint64_t(0) : (uint64_t(1) << taps) - 1) {}
+    : slots_(size_t(cap)), whole_(size_t(chunks(cap)), -1), all_taps_(taps == 64 ? ~uint64_t(0) : (uint64_t(1) << taps) - 1) {}
 
 Runs Ring::runs(int64_t start, int64_t count) const {
     Runs          runs;
@@ -26,33 +26,58 @@ template <class Slots, class Body> static void for_slots(Slots & slots, const Ru
     }
 }
 
+bool Ring::is_complete(int64_t slot, int64_t position) const {
+    const Slot & s = slots_[size_t(slot)];
+    return s.position == position && s.taps == all_taps_;
+}
+
+void Ring::note_chunks(const Runs & runs) {
+    for (const Run & run : runs) {
+        for (int64_t c = run.slot / kChunk; c * kChunk < run.slot + run.count; ++c) {
+            const int64_t first = slots_[size_t(c * kChunk)].position;
+            int64_t       i     = 0;
+            while (i < chunk_slots(c) && is_complete(c * kChunk + i, first + i)) ++i;
+            whole_[size_t(c)] = i == chunk_slots(c) ? first : -1;
+        }
+    }
+}
+
 void Ring::begin_write(int64_t start, int64_t count, uint64_t taps) {
-    for_slots(slots_, runs(start, count), start, [&](int64_t p, Slot & s) {
+    const Runs range = runs(start, count);
+    for_slots(slots_, range, start, [&](int64_t p, Slot & s) {
         if (s.position != p) s = { p, 0, 0 };
         s.taps &= ~taps;
     });
+    for (const Run & run : range) {
+        std::fill(whole_.begin() + run.slot / kChunk, whole_.begin() + (run.slot + run.count - 1) / kChunk + 1, -1);
+    }
     end_ = std::max(end_, start + count);
 }
 
 void Ring::end_write(int64_t start, int64_t count, uint64_t taps) {
+    const Runs range = runs(start, count);
     ++version_;
-    for_slots(slots_, runs(start, count), start, [&](int64_t, Slot & s) {
+    for_slots(slots_, range, start, [&](int64_t, Slot & s) {
         s.taps |= taps;
         s.version = version_;
     });
+    note_chunks(range);
 }
 
 void Ring::truncate(int64_t from) {
     // Each live position >= from lies in [from, end_); a range longer than the ring visits every slot once.
     for (int64_t p = std::max({ from, end_ - cap(), int64_t(0) }); p < end_; ++p) {
-        Slot & s = slots_[slot(p)];
-        if (s.position >= from) s = Slot{};
+        Slot & s = slots_[size_t(slot(p))];
+        if (s.position < from) continue;
+        s = Slot{};
+        whole_[size_t(slot(p) / kChunk)] = -1;
     }
     end_ = std::min(end_, std::max<int64_t>(from, 0));
 }
 
 void Ring::clear() {
     std::fill(slots_.begin(), slots_.end(), Slot{});
+    std::fill(whole_.begin(), whole_.end(), -1);
     end_ = 0;
 }
 
@@ -65,10 +90,19 @@ static std::string tap_list(uint64_t taps) {
 }
 
 void Ring::require(int64_t start, int64_t count) const {
-    // More positions than slots: at the latest behind one ring's worth, one is found wanting.
-    for_slots(slots_, runs(start, std::min(count, cap())), start, [&](int64_t p, const Slot & s) {
-        if (s.position != p || s.taps != all_taps_) throw stale(start, count, p);
-    });
+    for (const Run & run : runs(start, std::min(count, cap()))) {
+        for (int64_t i = 0; i < run.count;) {
+            const int64_t slot = run.slot + i, chunk = slot / kChunk, position = start + run.offset + i;
+            if (slot % kChunk == 0 && whole_[size_t(chunk)] == position) {
+                i += kChunk;  // beyond the run's end, if the chunk is
+            } else if (is_complete(slot, position)) {
+                ++i;
+            } else {
+                throw stale(start, count, position);
+            }
+        }
+    }
+    // Of more positions than slots, the first beyond one ring's worth is missing at the latest.
     if (count > cap()) throw stale(start, count, start + cap());
 }
 
@@ -96,7 +130,7 @@ std::vector<Ring::Live> Ring::live(bool complete_only) const {
 }
 
 uint64_t Ring::taps_at(int64_t position) const {
-    const Slot & s = slots_[slot(position)];
+    const Slot & s = slots_[size_t(slot(position))];
     return s.position == position ? s.taps : 0;
 }
 
@@ -107,8 +141,8 @@ int64_t Ring::stretch_before(int64_t end, int64_t max) const {
 }
 
 uint64_t Ring::version(int64_t position) const {
-    const Slot & s = slots_[slot(position)];
-    return s.position == position && s.taps == all_taps_ ? s.version : 0;
+    const Slot & s = slots_[size_t(slot(position))];
+    return is_complete(slot(position), position) ? s.version : 0;
 }
 
 } // namespace gm

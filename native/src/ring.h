@@ -54,7 +54,7 @@ class Ring {
 
     uint64_t all_taps() const { return all_taps_; }
 
-    static uint64_t bytes(int64_t cap) { return uint64_t(cap) * sizeof(Slot); }
+    static uint64_t bytes(int64_t cap) { return uint64_t(cap) * sizeof(Slot) + uint64_t(chunks(cap)) * sizeof(int64_t); }
 
   private:
     struct Slot {
@@ -62,12 +62,20 @@ class Ring {
         uint64_t taps     = 0;
         uint64_t version  = 0;
     };
-    Error stale(int64_t start, int64_t count, int64_t position) const;
 
-    std::vector<Slot> slots_;
-    uint64_t          all_taps_;
-    uint64_t          version_ = 0;
-    int64_t           end_ = 0;  // 1 + highest live position: bounds the work of truncate
+    // Neighbouring slots, of which a read need not look at each: they are as many as the rows it waits to start on.
+    static constexpr int64_t kChunk = 16;
+    static int64_t           chunks(int64_t cap) { return (cap + kChunk - 1) / kChunk; }
+    int64_t                  chunk_slots(int64_t chunk) const { return chunk * kChunk + kChunk > cap() ? cap() - chunk * kChunk : kChunk; }
+    bool                     is_complete(int64_t slot, int64_t position) const;
+    void                     note_chunks(const Runs & runs);
+    Error                    stale(int64_t start, int64_t count, int64_t position) const;
+
+    std::vector<Slot>    slots_;
+    std::vector<int64_t> whole_;    // by chunk: the position in its first slot, if that and those that follow are all complete; else -1
+    uint64_t             all_taps_;
+    uint64_t             version_ = 0;
+    int64_t              end_     = 0;  // 1 + highest live position: bounds the work of truncate
 };
 
 } // namespace gm
