@@ -28,6 +28,7 @@ class DeviceDiagnosis:
     memory_free: int
     memory_total: int
     dtypes: dict[FeatureDtype, Support]
+    own: dict[FeatureDtype, bool]  # converted by this package's own code; else by ggml's operations
     self_test: str | None
 
 
@@ -56,7 +57,10 @@ class Diagnosis:
                     "memory_free": d.memory_free,
                     "memory_total": d.memory_total,
                     "self_test": "ok" if d.self_test is None else d.self_test,
-                    "dtypes": {t.value: {"capture": s.capture, "read": s.read} for t, s in d.dtypes.items()},
+                    "dtypes": {
+                        t.value: {"capture": s.capture, "read": s.read, "own_kernels": d.own[t]}
+                        for t, s in d.dtypes.items()
+                    },
                 }
                 for d in self.devices
             ],
@@ -122,11 +126,11 @@ def _devices(found: Diagnosis) -> None:
 
     for device in devices():
         dtypes = {dtype: device.supports(dtype) for dtype in FeatureDtype}
+        own = {dtype: device.converts(dtype) for dtype in FeatureDtype}
         test = _self_test(device)
+        memory = (device.memory_free, device.memory_total)
         found.devices.append(
-            DeviceDiagnosis(
-                device.name, device.description, str(device.type), device.memory_free, device.memory_total, dtypes, test
-            )
+            DeviceDiagnosis(device.name, device.description, str(device.type), *memory, dtypes, own, test)
         )
         if device.backend not in found.backends:
             found.backends.append(device.backend)

@@ -86,11 +86,13 @@ def print_doctor(diagnosis: Diagnosis, console: Console) -> None:
         for device in diagnosis.devices:
             table.add_column(f"{device.name}\ncapture")
             table.add_column("\nread")
+            table.add_column("\nby")
         for dtype in diagnosis.devices[0].dtypes:
             cells = []
             for device in diagnosis.devices:
                 support = device.dtypes[dtype]
-                cells += [YES if support.capture else NO, YES if support.read else NO]
+                by = "own kernels" if device.own[dtype] else "ggml"
+                cells += [YES if support.capture else NO, YES if support.read else NO, by]
             default = " [dim](default)[/]" if dtype.value == diagnosis.default_dtype else ""
             table.add_row(f"{dtype.value}{default}", *cells)
         console.print(table)

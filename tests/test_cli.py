@@ -126,7 +126,7 @@ def test_doctor_finds_this_environment_sound(run: Run) -> None:
     assert found["default_dtype"] == "f32"
     cpu = found["devices"][[d["name"] for d in found["devices"]].index("CPU")]
     assert cpu["self_test"] == "ok"
-    assert cpu["dtypes"] == {name: {"capture": True, "read": True} for name in DTYPES}
+    assert cpu["dtypes"] == {name: {"capture": True, "read": True, "own_kernels": True} for name in DTYPES}
 
 
 def test_doctor_prints_versions_devices_and_support(run: Run) -> None:

@@ -113,7 +113,7 @@ def test_negative_threads(value: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "value", ["q6_k", "Q2_K", "", " ", "int8", "f32,f16", "q8_0\0", b"q8_0", 0, 8, object(), ["f32"]], ids=repr
+    "value", ["q6_k", "Q2_K", "", " ", "int8", "f32,f16", "q8_0\0", b"q8_0", 0, 8, object, ["f32"]], ids=repr
 )
 def test_unknown_dtype(place: Place, value: Any) -> None:
     with pytest.raises(DtypeError, match="unknown feature dtype") as caught:
