@@ -163,3 +163,17 @@ def test_a_context_shift_forgets_the_rows_that_moved(pair: Pair) -> None:
     assert take(llm, [70], 22, reset=False) == expected[:22]
     assert llm.stats.accepted > 0
     assert llm.mirror.positions.tolist() == [*range(8), *range(44, llm.n_tokens)]
+
+
+@pytest.mark.parametrize("shared", [1, 8, 20, 36])
+def test_a_loaded_state_that_went_on_is_cut_back_to_nothing_that_it_lacks(shared: int, name: str, pair: Pair) -> None:
+    """What slid out of an attention window is in no saved state, and llama.cpp cuts back past it without a word."""
+    prompt = tokens_of(40, 4)
+    llm = pair.dflash(name)
+    take(llm, prompt, 2)
+    llm.load_state(llm.save_state())
+    follow = pair.greedy(name, prompt, 12)
+    assert take(llm, prompt, 12) == follow
+    other = [*prompt[:shared], *tokens_of(6, 9)[1:]]
+    assert take(llm, other, 12) == pair.greedy(name, other, 12)
+    pair.assert_rows_are_fresh(name, llm)
