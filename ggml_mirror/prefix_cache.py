@@ -10,7 +10,6 @@ Generated tokens are not kept: they were evaluated in other batches than those o
 
 from __future__ import annotations
 
-import atexit
 import logging
 import os
 import threading
@@ -105,10 +104,8 @@ class PrefixCache(BaseLlamaCache):
         self._writer = None if self.disk is None else WriteBehind(self.disk.store)
         written = (lambda entry, wait_s: True) if self._writer is None else self._writer.wait
         self.ram = RamTier(ram_bytes, grid, self.counters, written)
-        # Entries that wait to be written are written when the interpreter ends, too.
-        reference = weakref.ref(self)
-        self._at_exit = lambda: (cache := reference()) and cache.close()
-        atexit.register(self._at_exit)
+        # What waits is written when the cache is forgotten or the interpreter ends, too.
+        self._end = weakref.finalize(self, self._writer.close) if self._writer is not None else None
 
     # ----------------------------------------------------------------------------------------------- for the model
 
@@ -148,7 +145,7 @@ class PrefixCache(BaseLlamaCache):
             state = self._model.take()
         except (MemoryError, GgmlMirrorError) as error:
             self.counters.not_stored["failed"] += 1
-            log.warning("a prompt was not cached: %s", error or type(error).__name__)
+            log.warning("a prompt was not cached: %s", str(error) or type(error).__name__)
             return
         if isinstance(state, str):
             self.counters.not_stored[state] += 1
@@ -320,7 +317,8 @@ class PrefixCache(BaseLlamaCache):
             False: not everything was written within ``timeout`` seconds.
         """
         self._closed = True
-        atexit.unregister(self._at_exit)
+        if self._end is not None:
+            self._end.detach()
         written = self._writer is None or self._writer.close(timeout)
         with self._lock:
             self.ram.clear()
