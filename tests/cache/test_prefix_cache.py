@@ -278,6 +278,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "flash attention": {"flash_attn": True},
     "rope": {"rope_freq_base": 20000.0},
     "batch": {"n_batch": 128, "n_ubatch": 128},
+    "fused rows": {"feature_rows": "fused"},
     "kv overrides": {"kv_overrides": {"llama.attention.layer_norm_rms_epsilon": 0.5}},
 }
 

@@ -96,11 +96,11 @@ def reason_of(path: Path, *, head_only: bool = False) -> str:
 
 
 def test_every_byte_that_is_changed_is_noticed(sound: Path, path: Path) -> None:
-    """Each bit of the file's head, without reading the payload; then each byte of that, by one of its bits."""
+    """Every third bit of the head, without reading the payload, and a bit of each byte of that."""
     data = sound.read_bytes()
     begin = state_file.read_head(sound).begin
     assert len(data) > begin + 1500
-    for bit in [*range(8 * begin), *range(8 * begin, 8 * len(data), 9)]:
+    for bit in [*range(0, 8 * begin, 3), *range(8 * begin, 8 * len(data), 9)]:
         broken = bytearray(data)
         broken[bit // 8] ^= 1 << bit % 8
         path.write_bytes(broken)

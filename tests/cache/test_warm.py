@@ -63,10 +63,16 @@ def test_every_prompt_after_another(tier: str, window: int | None, name: str, pa
     assert set(hits) == {tier}
 
 
-@pytest.mark.parametrize("dtype", [d.value for d in FeatureDtype])
-@pytest.mark.parametrize("window", [None, 20], ids=["whole", "wrapped"])
-def test_every_dtype(dtype: str, window: int | None, pair: Pair, tmp_path: Path) -> None:
-    options = pair_options(pair, window, feature_dtype=dtype)
+@pytest.mark.parametrize(
+    ("dtype", "window", "rows"),
+    [
+        *((d.value, window, "raw") for d in FeatureDtype for window in (None, 20)),
+        *((d, 20, "fused") for d in ("f32", "q8_0", "iq4_nl")),
+    ],
+    ids=lambda value: str(value),
+)
+def test_every_dtype(dtype: str, window: int | None, rows: str, pair: Pair, tmp_path: Path) -> None:
+    options = pair_options(pair, window, feature_dtype=dtype, feature_rows=rows)
     cold, llm = pair.dflash(**options), pair.dflash(**options)
     with PrefixCache(llm, directory=tmp_path) as cache:
         llm.set_cache(cache)
