@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 __all__ = [
+    "CachedLlama",
     "DFlashLlama",
     "Device",
     "FeatureDtype",
@@ -24,6 +25,7 @@ __all__ = [
 try:
     from ._native import lib as _lib
     from ._native import text as _text
+    from .cached_llama import CachedLlama
     from .capture import capture
     from .device import Device, devices, find_device
     from .dflash import DFlashLlama

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import weakref
 from collections.abc import Generator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ import numpy.typing as npt
 from llama_cpp import Llama, LlamaState
 
 from .cache_entry import Coverage, Entry, run_start
+from .cached_llama import CachedLlama, generate_cached
 from .capture import SEQUENCE
 from .dflash import DFlashLlama, DFlashState
 from .errors import ClosedError, GgmlMirrorError
@@ -149,33 +150,29 @@ class _PlainState(LlamaState):
 
 
 class PlainModel(CachedModel):
-    """A plain Llama. Its ``generate`` is wrapped, so that prompts are evaluated as those of a DFlashLlama are.
+    """A plain Llama. Its ``generate`` is that of a CachedLlama, or becomes it."""
 
-    Args:
-        cache: what the wrapper works with, while it is the model's (``set_cache``).
-    """
-
-    def __init__(self, llm: Llama, cache: Any) -> None:
+    def __init__(self, llm: Llama) -> None:
         super().__init__(llm)
-        self._cache = weakref.ref(cache)
         # What the model was last given: a prompt's length, and the tokens that were evaluated in the batches of such a prompt.
         self._n_prompt, self._exact = 0, b""
-        self._generate = type(llm).generate
-        llm.generate = self.generate  # type: ignore[method-assign]
+        if not isinstance(llm, CachedLlama):
+            own, reference = type(llm).generate, weakref.ref(llm)
+
+            def generate(
+                tokens: Sequence[int], *args: Any, **kwargs: Any
+            ) -> Generator[int, Sequence[int] | None, None]:
+                llm = reference()
+                assert llm is not None
+                yield from generate_cached(llm, partial(own, llm), tokens, *args, **kwargs)
+
+            llm.generate = generate  # type: ignore[method-assign]
 
     @property
     def window(self) -> int:
         return 0
 
-    def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
-        """As ``Llama.generate``."""
-        llm, cache = self.llm, self._cache()
-        given = inspect.signature(self._generate).bind(llm, tokens, *args, **kwargs).arguments
-        if cache is not None and llm.cache is cache and given.get("reset", True) and tokens:
-            self._begin(cache, list(tokens))
-        yield from self._generate(llm, tokens, *args, **kwargs)
-
-    def _begin(self, cache: Any, tokens: list[int]) -> None:
+    def evaluate(self, cache: Any, tokens: list[int]) -> None:
         """Evaluate a prompt, but for what the model or the cache has of it. ``Llama.generate`` finds it done, and samples."""
         llm = self.llm
         cache.restore(tokens)
@@ -238,5 +235,5 @@ class PlainModel(CachedModel):
         self._n_prompt, self._exact = state.n_prompt, token_key(state.input_ids[: state.n_tokens])
 
 
-def cached_model(llm: Llama, cache: Any) -> CachedModel:
-    return CachedModel(llm) if isinstance(llm, DFlashLlama) else PlainModel(llm, cache)
+def cached_model(llm: Llama) -> CachedModel:
+    return CachedModel(llm) if isinstance(llm, DFlashLlama) else PlainModel(llm)

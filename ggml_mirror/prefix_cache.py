@@ -27,7 +27,7 @@ from llama_cpp.llama_cache import BaseLlamaCache
 from .cache_counters import CacheCounters
 from .cache_entry import Entry
 from .cache_identity import CacheIdentity
-from .cached_model import cached_model
+from .cached_model import PlainModel, cached_model
 from .disk_tier import CachedFile, DiskTier
 from .errors import ArgumentError, GgmlMirrorError
 from .prefix_index import token_key
@@ -94,7 +94,7 @@ class PrefixCache(BaseLlamaCache):
         self.identity = CacheIdentity.of(llm)
         self.counters = CacheCounters()
         self.on_restore = on_restore
-        self._model = cached_model(llm, self)
+        self._model = cached_model(llm)
         grid = self._model.grid
         self._lock = threading.RLock()
         self._closed = False
@@ -151,6 +151,11 @@ class PrefixCache(BaseLlamaCache):
             self.counters.not_stored[state] += 1
         else:
             self._keep(state, logits)
+
+    def evaluate(self, tokens: Sequence[int]) -> None:
+        """Let a plain ``Llama`` evaluate a prompt, but for what it or the cache has of it. (A DFlashLlama does so itself.)"""
+        assert isinstance(self._model, PlainModel)
+        self._model.evaluate(self, list(tokens))
 
     # ------------------------------------------------------------------------------------------ as a BaseLlamaCache
 

@@ -12,7 +12,7 @@ import pytest
 from dflash.pair import _EXACT, N_CTX, TARGETS, Pair, take, tokens_of
 from llama_cpp import Llama
 
-from ggml_mirror import FeatureMirror, PrefixCache, capture
+from ggml_mirror import CachedLlama, FeatureMirror, PrefixCache, capture
 
 from .test_warm import NEXT, PROMPT
 
@@ -122,6 +122,29 @@ def test_neither_keeps_the_other_alive(pair: Pair) -> None:
     del llm, cache
     gc.collect()
     assert [reference() for reference in gone] == [None, None]
+
+
+def test_a_class_with_its_own_generate_sees_the_prompt_evaluated(pair: Pair) -> None:
+    """It derives from CachedLlama: what it does around ``generate`` includes the prompt, as in a Llama without a cache."""
+
+    class Own(CachedLlama):
+        evaluated = 0
+
+        def eval(self, tokens: Any) -> None:
+            self.evaluated += len(tokens)
+            super().eval(tokens)
+
+        def generate(self, tokens: Any, *args: Any, **kwargs: Any) -> Any:
+            self.evaluated = 0
+            yield from super().generate(tokens, *args, **kwargs)
+
+    arch, own, _ = TARGETS["llama"]
+    llm = Own(pair.target(arch), **{"n_ctx": N_CTX, **_EXACT, **own})
+    llm.set_cache(PrefixCache(llm))
+    first = take(llm, PROMPT, 1)
+    assert llm.evaluated == len(PROMPT)
+    assert take(reset(llm), PROMPT, 1) == first and llm.evaluated == len(PROMPT) - 64
+    assert llm.cache.counters.hits == {"ram": 1}
 
 
 @pytest.mark.parametrize("closed", [True, False])
