@@ -119,7 +119,9 @@ def test_a_pair_is_what_a_dflash_llama_allocates(name: str, pair: Pair) -> None:
     assert counted["kv_cache"] == sum(b.context for b in real)
     assert counted["target_compute"] == sum(b.compute for b in real)
     assert ("state_copy" in counted) == (means == "copies")
-    assert (counted["draft_weights"], counted["draft_kv"]) == (llm.draft.bytes.weights, llm.draft.bytes.kv)
+    draft = llm.draft.bytes
+    ours = [counted[part] for part in ("draft_weights", "draft_kv", "draft_compute")]
+    assert ours == [draft.weights, draft.kv, draft.compute]
     assert counted["mirror"] == llm.mirror.size.ring and counted["mirror_bookkeeping"] == llm.mirror.size.bookkeeping
     assert (budget.draft_window, budget.cap) == (llm.draft_window, llm.mirror.cap)
     assert budget.n_ctx == llm.n_ctx() and budget.mirror_device == llm.mirror.device.name
