@@ -16,6 +16,7 @@ from .errors import DraftMismatchError, UnsupportedError
 from .llama_log import explained
 from .model_info import ModelInfo
 from .plain_llama import PlainLlama
+from .row_kind import RAW
 
 #: Context unless told otherwise, where the model has more.
 DEFAULT_N_CTX = 4096
@@ -34,6 +35,8 @@ def start(
     draft_device: str = "auto",
     n_draft: int | None = None,
     memory_margin: str | None = None,
+    feature_rows: str = RAW,
+    draft_kv: str = "f16",
     verbose: bool = False,
     n_ctx: int | None = None,
     **llama_kwargs: Any,
@@ -73,6 +76,8 @@ def start(
             "draft_device": draft_device,
             "n_draft": n_draft,
             "memory_margin": memory_margin,
+            "feature_rows": feature_rows,
+            "draft_kv": draft_kv,
         }
     llama_kwargs = {**LLAMA_DEFAULTS, **llama_kwargs}
     path = os.fspath(model)

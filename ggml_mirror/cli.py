@@ -348,6 +348,18 @@ def run(
             help="What auto leaves free, as 512MiB. Default: 5 % of the device's memory, at most 1 GiB.",
         ),
     ] = None,
+    feature_rows: Annotated[
+        str,
+        typer.Option(
+            "--feature-rows", metavar="raw|fused", help="What the mirror holds; fused: what the draft makes of rows."
+        ),
+    ] = "raw",
+    draft_kv: Annotated[
+        str,
+        typer.Option(
+            "--draft-kv", metavar="TYPE", help="Of the draft's keys and values: f16, q8_0, or off: none are kept."
+        ),
+    ] = "f16",
     draft_window: Annotated[
         int | None, typer.Option(help="Context rows that the draft attends to. Default: 4096.")
     ] = None,
@@ -448,6 +460,8 @@ def run(
         draft_device=draft_device,
         n_draft=n_draft,
         memory_margin=memory_margin,
+        feature_rows=feature_rows,
+        draft_kv=draft_kv,
         verbose=_debugging(),
         n_ctx=n_ctx,
         n_threads=threads,

@@ -105,23 +105,35 @@ def test_a_target_is_what_llama_cpp_prints(arch: str, shape: str, pair: Pair, lo
     assert logged(lines, "output") == pytest.approx(counted["logits"] / MIB, abs=rounded)
 
 
-@pytest.mark.parametrize("name", list(TARGETS))
-def test_a_pair_is_what_a_dflash_llama_allocates(name: str, pair: Pair) -> None:
+VARIANTS: dict[str, dict[str, Any]] = {
+    "raw": {},
+    "fused": {"feature_rows": "fused"},
+    "fused, K and V in q8_0": {"feature_rows": "fused", "draft_kv": "q8_0"},
+    "no K and V": {"draft_kv": "off"},
+}
+
+
+@pytest.mark.parametrize(("name", "variant"), [*((name, "raw") for name in TARGETS), *(("llama", v) for v in VARIANTS)])
+def test_a_pair_is_what_a_dflash_llama_allocates(name: str, variant: str, pair: Pair) -> None:
     """Snapshots of a running state included. The draft is used until its scratch stands."""
     arch, own, means = TARGETS[name]
     options = {"n_ctx": 512, "feature_dtype": "q8_0", "draft_window": 100, "n_batch": 64, "n_ubatch": 32, **own}
-    budget = make_budget(pair.target(arch), draft_path=pair.draft(), **options)
+    options |= VARIANTS[variant]
+    draft = pair.draft(head_dim=32)
+    budget = make_budget(pair.target(arch), draft_path=draft, **options)
     counted = sums(budget)
-    llm = DFlashLlama(pair.target(arch), draft_path=pair.draft(), verbose=False, n_threads=1, **options)
+    llm = DFlashLlama(pair.target(arch), draft_path=draft, verbose=False, n_threads=1, **options)
     take(llm, tokens_of(150), 30)
     real = breakdown(llm, mapped=True)
     assert counted["target_weights"] == sum(b.weights for b in real)
     assert counted["kv_cache"] == sum(b.context for b in real)
     assert counted["target_compute"] == sum(b.compute for b in real)
     assert ("state_copy" in counted) == (means == "copies")
-    draft = llm.draft.bytes
+    taken = llm.draft.bytes
     ours = [counted[part] for part in ("draft_weights", "draft_kv", "draft_compute")]
-    assert ours == [draft.weights, draft.kv, draft.compute]
+    assert ours == [taken.weights, taken.kv, taken.compute]
+    waiting = 0 if llm._fuser is None else llm._fuser.staging.size.ring + llm._fuser.staging.size.bookkeeping
+    assert counted["raw_rows"] == waiting
     assert counted["mirror"] == llm.mirror.size.ring and counted["mirror_bookkeeping"] == llm.mirror.size.bookkeeping
     assert (budget.draft_window, budget.cap) == (llm.draft_window, llm.mirror.cap)
     assert budget.n_ctx == llm.n_ctx() and budget.mirror_device == llm.mirror.device.name

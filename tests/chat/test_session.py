@@ -71,6 +71,20 @@ def test_the_demo_pair_goes_on(dtype: str, window: int, demo_target: Path, demo_
     assert loaded.total.accepted > 0 and unsaved.messages == loaded.messages
 
 
+@pytest.mark.parametrize("window", [None, 40], ids=["whole", "wrapped"])
+def test_fused_rows_go_on(window: int | None, name: str, pair: ChatPair, tmp_path: Path) -> None:
+    """And are no raw ones."""
+    options = {"feature_rows": "fused", "feature_dtype": "q8_0", "draft_window": window}
+    chat = pair.chat(name, **options)
+    say(chat, SAID[0])
+    save_session(chat, tmp_path / "s")
+    loaded = pair.chat(name, **options)
+    load_session(loaded, tmp_path / "s")
+    assert go_on(loaded) == go_on(chat)
+    with pytest.raises(SnapshotMismatchError, match=r"rows fused \(here raw\)"):
+        load_session(pair.chat(name, **{**options, "feature_rows": "raw"}), tmp_path / "s")
+
+
 def test_plain_conversations(name: str, pair: ChatPair, tmp_path: Path) -> None:
     chat, other = pair.plain_chat(name, temp=0.8, seed=4), pair.plain_chat(name, temp=0.8, seed=5)
     say(chat, SAID[0])
