@@ -14,6 +14,7 @@ from typing import Any
 import llama_cpp
 import numpy as np
 import pytest
+from cli_run import Run
 from dflash.pair import TARGETS, Pair, take, tokens_of
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,11 +22,13 @@ from llama_cpp import Llama, _logger
 from tiny_models import TARGET_ARCHS
 
 from ggml_mirror.budget import LADDER, Budget, choose_dtype, default_margin, make_budget
+from ggml_mirror.budget_report import print_budget
 from ggml_mirror.device import find_device
 from ggml_mirror.dflash import DFlashLlama
 from ggml_mirror.dtype import DTYPE_VARIABLE, FeatureDtype
 from ggml_mirror.errors import ArgumentError, BudgetError, DtypeError, ModelFileError
 from ggml_mirror.memory_parts import Part
+from ggml_mirror.report import make_console
 from ggml_mirror.target_memory import breakdown, measure
 
 MIB = 2**20
@@ -389,3 +392,27 @@ def test_lora_and_extra_parts_count(pair: Pair, tmp_path: Path) -> None:
     extra = Part("prefix_cache", "prefix cache", "CPU", 12345)
     counted = sums(make_budget(pair.target("llama"), lora_path=str(adapter), extra=[extra], n_ctx=256))
     assert (counted["lora"], counted["prefix_cache"]) == (1000, 12345)
+
+
+def test_commands_that_choose_no_dtype_take_auto_for_none(
+    run: Run, pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(DTYPE_VARIABLE, "auto")
+    assert run("plan", "--width", 64).code == 0
+    assert run("inspect", pair.target("llama")).code == 0
+    assert run("doctor", "--json").json["default_dtype"] == "auto"
+    monkeypatch.setenv(DTYPE_VARIABLE, "automatic")
+    assert run("plan", "--width", 64).code == 2
+
+
+def test_the_table(run: Run, pair: Pair, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every part and every total, to the byte; sizes too large are coloured, not left out."""
+    budget = make_budget(pair.target("gemma3"), draft_path=pair.draft(), feature_dtype="auto", n_ctx=512)
+    print_budget(budget, make_console())
+    shown = capsys.readouterr().out
+    for part in budget.parts:
+        assert re.search(rf"{part.name} .*{part.bytes:,} ", shown), part
+    for device in budget.devices:
+        for number in (device.needed, device.free, device.free_after):
+            assert f"{number:,}" in shown
+    assert f"feature dtype auto: {budget.reason}" in shown.replace("\n", "")

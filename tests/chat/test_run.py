@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -136,6 +137,18 @@ def test_sampling_flags_reach_the_sampler(flags: list[object]) -> None:
     a, b, c = (piped([*hot, "-s", seed]).stdout for seed in (1, 1, 2))
     assert a == b != c
     assert piped([*hot, "--top-k", 1, "-s", 3]).stdout == piped([*flags, "-p", "x"]).stdout
+
+
+def test_an_interrupted_answer_ends_as_a_shell_expects(flags: list[object]) -> None:
+    arguments = [sys.executable, "-c", "from ggml_mirror.cli import main; main()", "run", *map(str, flags)]
+    process = subprocess.Popen(
+        [*arguments, "-c", "60000", "-n", "-1", "-p", "Once"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None and process.stdout.read(8)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert b"(stopped)" in err and b"tok/s" in err and b"Traceback" not in err
 
 
 # ------------------------------------------------------------------------------------------------ what cannot be
