@@ -494,6 +494,164 @@ def _check_run(prompt: str | None, *, n_ctx: int | None, n_predict: int, **posit
             raise errors.ArgumentError(f"{name} is {value}; it must be positive")
 
 
+@app.command(
+    no_args_is_help=True,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    rich_help_panel=None,
+)
+def serve(
+    context: typer.Context,
+    model: Annotated[Path | None, typer.Option("-m", "--model", metavar="GGUF", help="The target model.")] = None,
+    model_draft: Annotated[
+        Path | None, typer.Option("-md", "--model-draft", metavar="GGUF", help="A DFlash draft made for it.")
+    ] = None,
+    feature_dtype: Annotated[
+        str | None,
+        typer.Option(metavar="DTYPE", help="How the mirror stores rows. Default: DFLASH_FEATURE_DTYPE, else f32."),
+    ] = None,
+    draft_window: Annotated[
+        int | None, typer.Option(help="Context rows that the draft attends to. Default: 4096.")
+    ] = None,
+    draft_device: Annotated[
+        str | None, typer.Option("-devd", "--spec-draft-device", metavar="NAME", help="Device of draft and mirror.")
+    ] = None,
+    n_draft: Annotated[
+        int | None, typer.Option("--spec-draft-n-max", "--draft-max", help="Most tokens to draft per step.")
+    ] = None,
+    n_ctx: Annotated[
+        int | None,
+        typer.Option("-c", "--ctx-size", help="Context; 0: the model's. Default: the model's, at most 4096."),
+    ] = None,
+    n_predict: Annotated[
+        int | None, typer.Option("-n", "--predict", "--n-predict", help="Most tokens of a completion. -1: no limit.")
+    ] = None,
+    n_batch: Annotated[int | None, typer.Option("-b", "--batch-size")] = None,
+    n_ubatch: Annotated[int | None, typer.Option("-ub", "--ubatch-size")] = None,
+    n_threads: Annotated[int | None, typer.Option("-t", "--threads")] = None,
+    n_threads_batch: Annotated[int | None, typer.Option("-tb", "--threads-batch")] = None,
+    n_gpu_layers: Annotated[
+        str | None, typer.Option("-ngl", "--gpu-layers", "--n-gpu-layers", help="Blocks on the GPU; all or -1: all.")
+    ] = None,
+    flash_attn: Annotated[
+        str | None, typer.Option("-fa", "--flash-attn", metavar="on|off", help="Default: on if there is a draft.")
+    ] = None,
+    type_k: Annotated[
+        str | None, typer.Option("-ctk", "--cache-type-k", metavar="TYPE", help="Of the KV cache.")
+    ] = None,
+    type_v: Annotated[str | None, typer.Option("-ctv", "--cache-type-v", metavar="TYPE")] = None,
+    offload_kqv: Annotated[
+        bool | None, typer.Option("-kvo/-nkvo", "--kv-offload/--no-kv-offload", help="Keep the KV cache on the GPU.")
+    ] = None,
+    use_mlock: Annotated[bool | None, typer.Option("--mlock/--no-mlock", help="Keep the model in RAM.")] = None,
+    use_mmap: Annotated[bool | None, typer.Option("--mmap/--no-mmap")] = None,
+    main_gpu: Annotated[int | None, typer.Option("-mg", "--main-gpu")] = None,
+    seed: Annotated[int | None, typer.Option("-s", "--seed", help="For requests without one. Default: random.")] = None,
+    alias: Annotated[str | None, typer.Option("-a", "--alias", help="The model's name to clients.")] = None,
+    chat_format: Annotated[
+        str | None,
+        typer.Option("--chat-format", metavar="NAME", help="llama-cpp-python's. Default: the model's template."),
+    ] = None,
+    host: Annotated[str | None, typer.Option(help="Default: 127.0.0.1.")] = None,
+    port: Annotated[int | None, typer.Option(help="Default: 8000. 0: any that is free.")] = None,
+    api_key: Annotated[
+        str | None, typer.Option(metavar="KEY", help="Better in LLAMA_API_KEY: ps shows flags. Commas between several.")
+    ] = None,
+    api_key_file: Annotated[Path | None, typer.Option(metavar="FILE", help="Keys, one a line.")] = None,
+    ssl_keyfile: Annotated[str | None, typer.Option("--ssl-key-file", metavar="FILE")] = None,
+    ssl_certfile: Annotated[str | None, typer.Option("--ssl-cert-file", metavar="FILE")] = None,
+    cors_origins: Annotated[
+        str, typer.Option(metavar="LIST", help="Web pages that may call: localhost, * or origins with commas.")
+    ] = "localhost",
+    cache_ram: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Prefix cache in RAM, as 2GiB; a bare number is MiB, as in llama-server."),
+    ] = None,
+    cache_disk: Annotated[Path | None, typer.Option(metavar="DIR", help="Prefix cache on disk.")] = None,
+    cache_disk_max: Annotated[str | None, typer.Option(metavar="SIZE", help="Most bytes in it, as 20GiB.")] = None,
+    max_body: Annotated[str, typer.Option(metavar="SIZE", help="Most bytes of a request.")] = "16MiB",
+    max_queue: Annotated[int, typer.Option(help="Requests that may wait for their turn.")] = 256,
+    timeout: Annotated[
+        float, typer.Option("-to", "--timeout", help="Seconds that a client may take to send or to receive.")
+    ] = 3600,
+    shutdown_timeout: Annotated[
+        int | None, typer.Option(help="Seconds for running requests after SIGTERM. Default: as long as they take.")
+    ] = None,
+    config_file: Annotated[
+        str | None,
+        typer.Option("--config-file", "--config_file", metavar="FILE", help="llama_cpp.server's, JSON or YAML."),
+    ] = None,
+    log_json: Annotated[bool, typer.Option("--log-json", "--log-jsonl", help="One JSON object per log line.")] = False,
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Also llama.cpp's log.")] = False,
+) -> None:
+    """Serve OpenAI's API with drafting: llama-cpp-python's own server application over DFlashLlama.
+
+    Every other setting of llama_cpp.server is given by its name, as --rope_freq_base 10000; docs/SERVER.md lists them.
+
+    [bold]Examples[/]
+
+    ggml-mirror serve -m target.gguf -md draft.gguf --feature-dtype q8_0
+
+    ggml-mirror serve -m target.gguf -md draft.gguf -c 32768 -ngl all --host 0.0.0.0 --api-key-file keys.txt
+
+    ggml-mirror serve --config_file models.yaml --log-json
+    """
+    from .server import require_extra
+
+    require_extra()
+    from .server.flags import cache_bytes, kv_type, layers, switch
+    from .server.run import serve as run
+    from .server.settings import ServeConfig, read_keys, read_settings
+
+    given = {
+        "model": None if model is None else str(model),
+        "model_draft": None if model_draft is None else str(model_draft),
+        "feature_dtype": feature_dtype,
+        "draft_window": draft_window,
+        "draft_device": draft_device,
+        "n_draft": n_draft,
+        "n_ctx": n_ctx,
+        "n_predict": n_predict,
+        "n_batch": n_batch,
+        "n_ubatch": n_ubatch,
+        "n_threads": n_threads,
+        "n_threads_batch": n_threads_batch,
+        "n_gpu_layers": layers(n_gpu_layers),
+        "flash_attn": switch(flash_attn, "--flash-attn"),
+        "type_k": kv_type(type_k, "--cache-type-k"),
+        "type_v": kv_type(type_v, "--cache-type-v"),
+        "offload_kqv": offload_kqv,
+        "use_mlock": use_mlock,
+        "use_mmap": use_mmap,
+        "main_gpu": main_gpu,
+        "seed": seed,
+        "model_alias": alias,
+        "chat_format": chat_format,
+        "host": host,
+        "port": port,
+        "ssl_keyfile": ssl_keyfile,
+        "ssl_certfile": ssl_certfile,
+        "verbose": True if verbose else None,
+    }
+    server, models = read_settings(
+        {name: value for name, value in given.items() if value is not None}, context.args, config_file
+    )
+    config = ServeConfig(
+        server=server,
+        models=models,
+        api_keys=read_keys(api_key, api_key_file, server),
+        cors_origins=cors_origins,
+        cache_ram=cache_bytes(cache_ram),
+        cache_disk=cache_disk,
+        cache_disk_max=cache_bytes(cache_disk_max),
+        max_body=cache_bytes(max_body) or 0,
+        max_queue=max_queue,
+        timeout=timeout,
+        shutdown_timeout=shutdown_timeout,
+        log_json=log_json,
+    )
+    run(config, verbose=verbose)
+
+
 def _integers(text: str, option: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]

@@ -1,0 +1,177 @@
+"""Running the server: the port opens first, the model loads beside it, SIGTERM ends it when the last answer is out."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import uvicorn
+
+from ..errors import ArgumentError, GgmlMirrorError
+from .front import Front, Keys, with_cors
+from .gate import Gate
+from .hooks import ServedProxy, create_app
+from .log import start_log
+from .settings import ServeConfig
+from .state import ServerState
+
+log = logging.getLogger("ggml_mirror.server")
+
+
+class ListenError(GgmlMirrorError, OSError):
+    """The address cannot be listened on."""
+
+
+def serve(config: ServeConfig, *, verbose: bool = False) -> None:
+    """Serve until SIGINT or SIGTERM. Running requests are finished; a second signal ends the process at once.
+
+    Raises:
+        GgmlMirrorError: the address is taken, or the first model could not be loaded.
+    """
+    start_log(as_json=config.log_json, verbose=verbose)
+    with _listening(config) as listener:
+        Run(config, listener).run()
+
+
+class Run:
+    """One run of the server in this process."""
+
+    def __init__(self, config: ServeConfig, listener: socket.socket) -> None:
+        self.config = config
+        self.listener = listener
+        self.state = ServerState(config)
+        self.front = Front(self.state, Keys(config.api_keys), config.server.root_path)
+        self.proxy: ServedProxy | None = None
+        self.failure: BaseException | None = None
+        settings = uvicorn.Config(
+            with_cors(self.front, config.cors_origins),
+            lifespan="off",
+            ws="none",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=config.shutdown_timeout,
+            ssl_keyfile=config.server.ssl_keyfile,
+            ssl_certfile=config.server.ssl_certfile,
+        )
+        self.server = _Server(settings)
+
+    def run(self) -> None:
+        loader = threading.Thread(target=self._load, name="load", daemon=True)
+        asyncio.run(self._serve(loader))
+        if self.failure is not None:
+            raise self.failure
+        if loader.is_alive():  # in native code, which nothing can interrupt
+            _leave(0)
+        if self.proxy is not None:
+            self.proxy.free()
+
+    async def _serve(self, loader: threading.Thread) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._stop, number)
+        loader.start()
+        await self.server.serve(sockets=[self.listener])
+
+    def _stop(self, number: int) -> None:
+        if self.state.draining:
+            log.warning("second signal: leaving at once")
+            _leave(128 + number)
+        self.state.draining = True
+        running = self.state.turns.waiting + (self.state.turns.running is not None)
+        log.info(f"{signal.Signals(number).name}: finishing {running} requests, taking no more")
+        self.server.should_exit = True
+
+    def _load(self) -> None:
+        try:
+            app, self.proxy = create_app(self.config.server, self.config.models, self.state.loaded)
+            self.front.inner = Gate(
+                app,
+                self.proxy,
+                self.state.facts,
+                self.state.turns,
+                max_body=self.config.max_body,
+                timeout=self.config.timeout,
+            )
+            self._announce()
+        except BaseException as error:
+            self.failure = error
+            self.server.should_exit = True
+
+    def _announce(self) -> None:
+        card = self.state.card
+        assert card is not None and self.proxy is not None
+        scheme = "https" if self.config.server.ssl_certfile else "http"
+        host, port = self.listener.getsockname()[:2]
+        where = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
+        drafting = f"drafting: {card.reason}" if card.mirror else f"plain, without drafting: {card.reason}"
+        if card.mirror:
+            drafting += "; mirror {dtype}, {cap} rows, {bytes} bytes on {device}".format(**card.mirror)
+        log.info(f"{card.target['name']} on {where}; {drafting}")
+        others = self.proxy.aliases[1:]
+        if others:
+            log.info(f"one model is loaded at a time; a request that names {' or '.join(others)} exchanges it")
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server, which leaves signals alone: it would raise them once more when it is done, and the exit code would tell of that."""
+
+    def install_signal_handlers(self) -> None:
+        pass
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+@contextmanager
+def _listening(config: ServeConfig) -> Iterator[socket.socket]:
+    host, port = config.server.host, config.server.port
+    if not 0 <= port <= 65535:
+        raise ArgumentError(f"--port {port}: 0 to 65535 are ports")
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    except OSError as error:
+        raise ArgumentError(f"--host {host}: {error.strerror}") from None
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(address)
+            listener.listen(2048)
+        except OSError as error:
+            raise ListenError(
+                f"cannot listen on {host}, port {port}: {error.strerror}; choose another --port"
+            ) from None
+        if not config.api_keys and not _is_loopback(listener.getsockname()[0]):
+            _warn(host)
+        yield listener
+    finally:
+        listener.close()
+
+
+def _is_loopback(address: str) -> bool:
+    return ipaddress.ip_address(address.split("%")[0]).is_loopback
+
+
+def _warn(host: str) -> None:
+    log.warning("=" * 78)
+    log.warning(f"{host} can be reached from other machines and there is no key: everyone there can use this server.")
+    log.warning("Set LLAMA_API_KEY or --api-key-file, or listen on 127.0.0.1.")
+    log.warning("=" * 78)
+
+
+def _leave(code: int) -> Any:
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
