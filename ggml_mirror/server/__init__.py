@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import importlib.util
 
-from ..errors import UnsupportedError
+from ..errors import ArgumentError
 
 #: What :mod:`llama_cpp.server` imports, and the metrics.
 NEEDED = ("fastapi", "uvicorn", "pydantic_settings", "sse_starlette", "starlette_context", "yaml", "prometheus_client")
 
 
-class MissingExtraError(UnsupportedError):
+class MissingExtraError(ArgumentError):
     """The packages that only the server needs are not installed."""
 
 

@@ -59,7 +59,7 @@ def as_request_error(error: BaseException, *, param: str = "prompt") -> RequestE
     """What a client is told of any exception.
 
     Args:
-        param: the field that holds the prompt.
+        param: the field that holds the prompt, the text or the tokens.
     """
     if isinstance(error, RequestError):
         return error
@@ -71,6 +71,10 @@ def as_request_error(error: BaseException, *, param: str = "prompt") -> RequestE
             "Shorten the prompt or start the server with a larger --ctx-size",
             param=param,
             code="context_length_exceeded",
+        )
+    if isinstance(error, UnicodeDecodeError) and param == "tokens":
+        return RequestError(
+            f"tokens: their text is not whole characters ({error.reason} at byte {error.start})", param="tokens"
         )
     if isinstance(error, MemoryError):
         return RequestError(f"out of memory: {error}", status=503, code="out_of_memory", retry_after=1)

@@ -13,6 +13,7 @@ from typing import Any
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse, Response
 
+from .checks import ROUTES
 from .errors import RequestError, as_request_error
 from .gate import App, Message, Receive, Scope, Send
 from .log import log_request
@@ -25,7 +26,9 @@ log = logging.getLogger("ggml_mirror.server")
 #: Need no key, as in llama-server.
 _PUBLIC = ("/health", "/v1/health")
 _QUIET = (*_PUBLIC, "/metrics", "/props")  # polled; logged with --verbose only
-_OURS = (*_PUBLIC, "/metrics", "/props")
+
+#: Paths that are labels of metrics; all else, which a client may choose freely, is "other".
+_COUNTED = frozenset((*ROUTES, *_QUIET, "/v1/models"))
 
 _LOCAL_ORIGIN = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
 
@@ -67,29 +70,22 @@ class Front:
         path = str(scope["path"]).removeprefix(self._root_path) or "/"
         request = ServedRequest(id=uuid.uuid4().hex, path=path)
         scope["ggml_mirror.request"] = request
-        status = 0
+        account = _Account(request, scope, self.metrics)
 
         async def watched(message: Message) -> None:
-            nonlocal status
             if message["type"] == "http.response.start":
-                status = message["status"]
+                account.status = message["status"]
+            elif not message.get("more_body"):
+                account.close()  # before the client knows that it has all: who reads the metrics then finds this request in them
             await send(message)
 
-        error: RequestError | None = None
         try:
             await self._answer(path, request, scope, receive, watched)
-        except Exception as raised:
-            error = as_request_error(raised, param=request.prompt_param)
-            request.failure = raised
-            if status == 0:
-                await _of_error(error)(scope, receive, watched)
-        if error is None and request.failure is not None:
-            error = as_request_error(request.failure, param=request.prompt_param)
-        seconds = time.perf_counter() - request.began
-        error_type = None if error is None else error.code or error.type
-        known = path if path in _OURS or (self.inner is not None and status != 404) else "other"
-        self.metrics.observe(request, known, status, error_type, seconds)
-        log_request(request, scope, status, error, seconds, quiet=path in _QUIET)
+        except Exception as error:
+            request.failure = error
+            if account.status == 0:
+                await _of_error(as_request_error(error, param=request.prompt_param))(scope, receive, watched)
+        account.close()
 
     async def _answer(self, path: str, request: ServedRequest, scope: Scope, receive: Receive, send: Send) -> None:
         if path in _PUBLIC:
@@ -123,6 +119,29 @@ class Front:
         if self.state.card is None:
             return _of_error(self._unavailable())
         return JSONResponse(self.state.card.to_json())
+
+
+class _Account:
+    """What is said of a request when its answer is complete, once: in the metrics and in the log."""
+
+    def __init__(self, request: ServedRequest, scope: Scope, metrics: Metrics) -> None:
+        self.status = 0
+        self._request = request
+        self._scope = scope
+        self._metrics = metrics
+        self._closed = False
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        request = self._request
+        failure = request.failure
+        error = None if failure is None else as_request_error(failure, param=request.prompt_param)
+        seconds = time.perf_counter() - request.began
+        known = request.path if request.path in _COUNTED else "other"
+        self._metrics.observe(request, known, self.status, None if error is None else error.code or error.type, seconds)
+        log_request(request, self._scope, self.status, error, seconds, quiet=request.path in _QUIET)
 
 
 def with_cors(app: Front, origins: str) -> Any:

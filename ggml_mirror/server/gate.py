@@ -16,8 +16,10 @@ from typing import Any
 import anyio
 from anyio import to_thread
 
-from .checks import GENERATING, ROUTES, TOKENIZING, Checked, ModelFacts, check, parse
+from .body import parse
+from .checks import GENERATING, ROUTES, TOKENIZING, Checked, check
 from .errors import RequestError, as_request_error
+from .facts import ModelFacts
 from .hooks import ServedProxy
 from .request import ServedRequest, current
 from .turns import Turns

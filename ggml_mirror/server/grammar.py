@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from llama_cpp.llama_grammar import json_schema_to_gbnf
+from llama_cpp.llama_grammar import JSON_GBNF, json_schema_to_gbnf
 
+from .body import bad, name_of
 from .errors import RequestError
 
 MAX_CHARS = 256 << 10
@@ -192,3 +193,47 @@ def _repeats(schema: Any) -> Iterator[tuple[str, int]]:
                     for number in match.groups():
                         if number:
                             yield f"the pattern's {match[0]}", int(number[:9])
+
+
+def take_constraint(body: dict[str, Any]) -> str:
+    """A grammar, a JSON schema or a response format: in the end all is a grammar that llama.cpp can be given.
+
+    Returns:
+        The field that it came from.
+    """
+    wanted = [name for name in ("grammar", "json_schema", "response_format") if body.get(name) not in (None, "")]
+    grammar = body.pop("grammar", "")
+    schema = body.pop("json_schema", None)
+    answer = body.pop("response_format", None)
+    if isinstance(answer, dict) and answer.get("type") == "text":
+        wanted.remove("response_format")
+        answer = None
+    if len(wanted) > 1:
+        raise bad(wanted[1], f"not together with {wanted[0]}")
+    if not wanted:
+        return "grammar"
+    param = wanted[0]
+    if param == "grammar":
+        if not isinstance(grammar, str):
+            raise bad(param, f"a grammar is text, not {name_of(grammar)}")
+        check_grammar(grammar, param)
+        body["grammar"] = grammar
+    elif param == "json_schema":
+        body["grammar"] = grammar_of_schema(schema, param)
+    else:
+        body["grammar"] = _grammar_of_format(answer)
+    return param
+
+
+def _grammar_of_format(answer: Any) -> str:
+    kind = answer.get("type") if isinstance(answer, dict) else None
+    if kind == "json_object":
+        if answer.get("schema") is None:
+            return str(JSON_GBNF)
+        return grammar_of_schema(answer["schema"], "response_format.schema")
+    if kind == "json_schema":
+        inner = answer.get("json_schema")
+        if not isinstance(inner, dict):
+            raise bad("response_format.json_schema", f"an object was expected, not {name_of(inner)}")
+        return grammar_of_schema(inner.get("schema"), "response_format.json_schema.schema")
+    raise bad("response_format.type", "one of text, json_object, json_schema was expected")

@@ -23,6 +23,7 @@ from fastapi.responses import JSONResponse
 from llama_cpp.server.errors import RouteErrorHandler
 from llama_cpp.server.model import LlamaProxy
 from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 from .errors import RequestError, as_request_error
 from .model import Served, served_class
@@ -125,6 +126,9 @@ def create_app(
         yield made
 
     app.dependency_overrides[app_module.get_llama_proxy] = unlocked
+    # It lets pages of any origin in, with credentials; ours stands around the whole server.
+    theirs: list[Any] = app.user_middleware
+    app.user_middleware = [middleware for middleware in theirs if middleware.cls is not CORSMiddleware]
     app.add_exception_handler(StarletteHTTPException, _of_http)
     app.add_exception_handler(RequestValidationError, _of_validation)
     return app, made
@@ -152,7 +156,7 @@ async def _of_http(request: Request, error: Exception) -> JSONResponse:
 
 async def _of_validation(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
-    from .checks import of_validation_error
+    from .body import of_validation_error
 
     told = of_validation_error(error.errors())
     return JSONResponse(told.body(), told.status)

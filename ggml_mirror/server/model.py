@@ -16,7 +16,6 @@ from llama_cpp import Llama
 
 from ..dflash import DFlashLlama
 from ..draft_stats import DraftStats
-from ..errors import ArgumentError
 from .errors import RequestError
 from .request import current
 from .sampling import GuardedSampler, require_grammar, with_bias
@@ -105,6 +104,10 @@ class Served(Llama):
                 request.check()
             super().eval(tokens[start : start + self.n_batch])
 
+    def close(self) -> None:
+        if hasattr(self, "_stack"):  # not if it was refused before llama_cpp.Llama had begun
+            super().close()
+
     def warm_up(self) -> None:
         """Run everything once, so that the first request does not pay for it, and forget it."""
         first = self.token_bos()
@@ -169,10 +172,6 @@ class ServedDFlashLlama(Served, DFlashLlama):
     def __init__(self, model_path: str, **options: Any) -> None:
         settings = self.settings
         assert settings.model_draft is not None
-        if options.pop("draft_model", None) is not None:
-            raise ArgumentError(
-                "draft_model (llama_cpp.server's own drafting) cannot be given together with model_draft"
-            )
         DFlashLlama.__init__(
             self,
             model_path,

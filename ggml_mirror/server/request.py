@@ -48,8 +48,9 @@ class ServedRequest:
 
     @property
     def prompt_param(self) -> str:
-        """The field that holds the prompt."""
-        return "messages" if self.path.endswith("/chat/completions") else "prompt"
+        """The field that holds what is worked on."""
+        names = {"/chat/completions": "messages", "/detokenize": "tokens", "/embeddings": "input"}
+        return next((name for end, name in names.items() if self.path.endswith(end)), "prompt")
 
     # ------------------------------------------------------------- from the event loop
 

@@ -59,6 +59,7 @@ class Run:
             log_config=None,
             access_log=False,
             server_header=False,
+            proxy_headers=False,  # anyone can write X-Forwarded-For
             timeout_graceful_shutdown=config.shutdown_timeout,
             ssl_keyfile=config.server.ssl_keyfile,
             ssl_certfile=config.server.ssl_certfile,
@@ -79,8 +80,15 @@ class Run:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._stop, number)
+        log.info(f"listening on {self._url()}; loading {self.config.models[0].model}")
         loader.start()
         await self.server.serve(sockets=[self.listener])
+
+    def _url(self) -> str:
+        host, port = self.listener.getsockname()[:2]
+        return (
+            f"{'https' if self.config.server.ssl_certfile else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
+        )
 
     def _stop(self, number: int) -> None:
         if self.state.draining:
@@ -110,13 +118,11 @@ class Run:
     def _announce(self) -> None:
         card = self.state.card
         assert card is not None and self.proxy is not None
-        scheme = "https" if self.config.server.ssl_certfile else "http"
-        host, port = self.listener.getsockname()[:2]
-        where = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
-        drafting = f"drafting: {card.reason}" if card.mirror else f"plain, without drafting: {card.reason}"
-        if card.mirror:
-            drafting += "; mirror {dtype}, {cap} rows, {bytes} bytes on {device}".format(**card.mirror)
-        log.info(f"{card.target['name']} on {where}; {drafting}")
+        if card.mirror is None:
+            log.info(f"ready: {card.target['name']}, plainly, without drafting: {card.reason}")
+        else:
+            mirror = "mirror {dtype}, {cap} rows, {bytes} bytes on {device}".format(**card.mirror)
+            log.info(f"ready: {card.target['name']}, drafting: {card.reason}; {mirror}")
         others = self.proxy.aliases[1:]
         if others:
             log.info(f"one model is loaded at a time; a request that names {' or '.join(others)} exchanges it")
@@ -139,10 +145,15 @@ def _listening(config: ServeConfig) -> Iterator[socket.socket]:
     if not 0 <= port <= 65535:
         raise ArgumentError(f"--port {port}: 0 to 65535 are ports")
     try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        found = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP, flags=socket.AI_PASSIVE
+        )
     except OSError as error:
         raise ArgumentError(f"--host {host}: {error.strerror}") from None
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    family, kind, protocol, _, address = found[0]
+    listener = socket.socket(
+        family, kind, protocol
+    )  # asyncio sends at once (TCP_NODELAY) only where the protocol says TCP
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -73,12 +73,16 @@ class ServedModelSettings(ModelSettings):
             return
         if self.hf_model_repo_id is not None:
             raise ArgumentError("a draft is checked against its target's file before loading; give the model as a file")
+        if self.draft_model is not None:
+            raise ArgumentError("draft_model (prompt-lookup-decoding) and model_draft (-md): not together")
         if "flash_attn" not in given:
             self.flash_attn = True
         if self.feature_dtype != "auto":
             self.feature_dtype = FeatureDtype.resolve(self.feature_dtype).value
         target = ModelInfo.read(self.model)
-        DraftSpec.read(self.model_draft, target)
+        block = DraftSpec.read(self.model_draft, target).block_size
+        if self.n_draft is not None and not self.n_draft < block:
+            raise ArgumentError(f"n_draft is {self.n_draft}; this draft's block gives 1 to {block - 1} tokens")
         self._complete_context(target)
 
     def _complete_context(self, target: ModelInfo) -> None:
@@ -159,7 +163,9 @@ def read_settings(
     for name, value in _SERVER_DEFAULTS.items():
         if name not in server.model_fields_set:
             setattr(server, name, value)
-    aliases = [model.model_alias or model.model for model in models]
+    for model in models:
+        model.model_alias = model.model_alias or Path(model.model).name  # llama_cpp.server's would be the whole path
+    aliases = [str(model.model_alias) for model in models]
     for alias in aliases:
         if aliases.count(alias) > 1:
             raise ArgumentError(f"{config_file}: two models are called {alias}; give each its own model_alias")

@@ -12,7 +12,7 @@ from ..draft import DraftSpec
 from ..fingerprint import fingerprint
 from ..model_info import ModelInfo
 from .cache import cache_counts, make_cache
-from .checks import ModelFacts
+from .facts import ModelFacts
 from .model import Served, ServedDFlashLlama
 from .turns import Turns
 

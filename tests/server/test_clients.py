@@ -1,0 +1,66 @@
+"""The checks of scripts/client_check.py, with OpenAI's own package, and the texts: those of a plain Llama."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from llama_cpp import Llama
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+sys.path.insert(0, str(SCRIPTS))
+
+from client_check import CHECKS, Server, run_check  # noqa: E402
+
+from .process import ServerProcess  # noqa: E402
+
+NAMES = [check.__name__ for check in CHECKS]
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=NAMES)
+def test_tiny_pair(check: Any, server: ServerProcess) -> None:
+    outcome = run_check(check, Server(server.url))
+    if outcome.ok is None and check.__name__ != "disconnect":
+        pytest.skip(outcome.detail)
+    assert outcome.ok is not False, outcome.detail
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("check", CHECKS, ids=NAMES)
+def test_demo_pair(check: Any, demo_server: ServerProcess) -> None:
+    outcome = run_check(check, Server(demo_server.url))
+    if outcome.ok is None:
+        pytest.skip(outcome.detail)
+    assert outcome.ok, outcome.detail
+
+
+@pytest.mark.parametrize(
+    "sampling", [{"temperature": 0}, {"temperature": 1.1, "top_p": 0.9, "seed": 7}], ids=["greedy", "sampled"]
+)
+def test_texts_are_those_of_a_plain_llama(
+    sampling: dict[str, Any], server: ServerProcess, tiny: tuple[Path, Path]
+) -> None:
+    plain = Llama(str(tiny[0]), n_ctx=2048, n_threads=1, n_threads_batch=1, flash_attn=True, verbose=False)
+    options = {"max_tokens": 64, "repeat_penalty": 1.0, **sampling}
+    for prompt in ("The sea", "def f(x):", "A" * 200):
+        expected = plain(prompt, **options)["choices"][0]["text"]
+        answer = server.post("/v1/completions", {"prompt": prompt, **options}).json()
+        assert answer["choices"][0]["text"] == expected
+    plain.close()
+
+
+def test_the_script_says_what_is_wrong(server: ServerProcess) -> None:
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, SCRIPTS / "client_check.py", *arguments], capture_output=True, text=True)
+
+    # A key that the server does not ask for: it lets wrong ones in.
+    bad = run(server.url, "--key", "sesame", "--only", "health_and_props,wrong_key", "--json", "-")
+    report = json.loads(bad.stdout)
+    assert bad.returncode == 1 and not report["ok"]
+    assert [(one["name"], one["ok"]) for one in report["checks"]] == [("health_and_props", True), ("wrong_key", False)]
+    nobody = run("http://127.0.0.1:9")
+    assert nobody.returncode == 2 and nobody.stderr.startswith("error: ")
