@@ -106,6 +106,8 @@ def check(route: str, body: dict[str, Any], facts: ModelFacts) -> Checked:
 
 
 def _check_generation(body: dict[str, Any], checked: Checked, facts: ModelFacts, *, chat: bool) -> None:
+    if facts.no_text is not None:
+        raise bad("model", facts.no_text)
     for name in (*_RANGES, "top_p", "min_p", "presence_penalty", "frequency_penalty", "n", "best_of"):
         if isinstance(body.get(name), bool) and not (chat and name == "logprobs"):
             raise bad(name, "a number was expected, not a boolean")
@@ -205,7 +207,7 @@ def _check_logprobs(body: dict[str, Any], valid: Any, facts: ModelFacts) -> None
 def _check_embedding(body: dict[str, Any], facts: ModelFacts) -> None:
     if not facts.embeddings:
         raise RequestError(
-            "model: it is served for text; for embeddings start a server with --embedding true and without a draft",
+            "model: it is not served for embeddings; start a server with --embedding true and without a draft",
             param="model",
             code="no_embeddings",
         )

@@ -17,6 +17,7 @@ class ModelFacts:
     max_prompt_bytes: int  # no longer text can fit the context
     logits_all: bool
     embeddings: bool
+    no_text: str | None  # why it generates none
     takes_images: bool
     chat_format: str
 
@@ -31,6 +32,7 @@ class ModelFacts:
             max_prompt_bytes=llm.n_ctx() * longest,
             logits_all=llm._logits_all,
             embeddings=settings.embedding,
+            no_text=settings.no_text,
             takes_images=settings.clip_model_path is not None,
             chat_format=settings.chat_format or llm.chat_format or "",
         )

@@ -209,6 +209,8 @@ class _Answer:
             return
         if self._start is None or self._streams:
             raise RuntimeError("the application ended without an answer")
+        if self._request.failure is not None:
+            raise self._request.failure  # the application has made an answer of it, but not all of one
         status, content = self._start["status"], b"".join(self._body)
         if status < 400 and self._request.path in GENERATING:
             answer = json.loads(content)

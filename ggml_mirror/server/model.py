@@ -6,6 +6,7 @@ a request hang there and on ``generate`` and ``eval`` beneath it.
 
 from __future__ import annotations
 
+import ctypes
 import time
 from collections.abc import Generator, Sequence
 from itertools import islice
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import llama_cpp
 from llama_cpp import Llama
+from llama_cpp.llama_tokenizer import LlamaTokenizer
 
 from ..dflash import DFlashLlama
 from ..draft_stats import DraftStats
@@ -31,6 +33,7 @@ class Served(Llama):
 
     settings: ServedModelSettings
     stats: DraftStats
+    _pieces: dict[tuple[int, bool], bytes]
 
     def create_completion(self, prompt: str | list[int], **options: Any) -> Any:  # type: ignore[override]
         """As ``Llama.create_completion``, within the limits of the server and for the request that runs."""
@@ -51,7 +54,11 @@ class Served(Llama):
         if options.get("seed") is None:
             options["seed"] = self.settings.request_seed()
         made: Any = super().create_completion(prompt, **options)
-        return request.keep(made) if request is not None and options.get("stream") else made
+        if options.get("stream"):
+            return made if request is None else request.keep(made)
+        if not options.get("echo"):
+            _cut_at_first_stop(made["choices"][0], options.get("stop"))
+        return made
 
     def generate(self, tokens: Sequence[int], *args: Any, **options: Any) -> Generator[int, Sequence[int] | None, None]:
         """As the base class, until nobody waits any more."""
@@ -96,6 +103,27 @@ class Served(Llama):
         tokens: list[int] = super().tokenize(text, add_bos, special)
         return tokens
 
+    def detokenize(self, tokens: list[int], prev_tokens: list[int] | None = None, special: bool = False) -> bytes:
+        """As the base class, which reads 32 bytes of a token and drops those that have more: deep indentation, long rules."""
+        if type(self.tokenizer_) is not LlamaTokenizer:
+            text: bytes = super().detokenize(tokens, prev_tokens, special)
+            return text
+        joined = b"".join([self._piece(token, special) for token in tokens])
+        return joined[1:] if tokens and tokens[0] == self.token_bos() and joined[:1] == b" " else joined
+
+    def _piece(self, token: int, special: bool) -> bytes:
+        known = self._pieces.get((token, special))
+        if known is None:
+            size = 32
+            while True:
+                buffer = ctypes.create_string_buffer(size)
+                n = llama_cpp.llama_token_to_piece(self._model.vocab, token, buffer, size, 0, special)
+                if n >= 0:
+                    break
+                size = -n
+            known = self._pieces[token, special] = buffer.raw[:n]
+        return known
+
     def eval(self, tokens: Sequence[int]) -> None:
         """As the base class; between batches a cancelled request ends."""
         request = current.get()
@@ -110,6 +138,8 @@ class Served(Llama):
 
     def warm_up(self) -> None:
         """Run everything once, so that the first request does not pay for it, and forget it."""
+        if self.settings.no_text is not None:
+            return
         first = self.token_bos()
         generator = self.generate([max(first, 0)], temp=0.0)
         try:
@@ -192,6 +222,11 @@ def served_class(settings: ServedModelSettings) -> type[Served]:
 
 
 def _settle_in(llm: Served) -> None:
+    llm._pieces = {}
+    _check_chat_format(llm)
+
+
+def _check_chat_format(llm: Served) -> None:
     """Chat formats turn messages into prompts with code of many hands: what that cannot do with them is the request's fault."""
     name: Any = llm.chat_format
     handler = (
@@ -216,3 +251,10 @@ def _settle_in(llm: Served) -> None:
             ) from error
 
     llm.chat_handler = checked
+
+
+def _cut_at_first_stop(choice: dict[str, Any], stop: str | list[str] | None) -> None:
+    """llama-cpp-python cuts at the first stop of the list; where a token completes two, another may stand before it."""
+    stops = [stop] if isinstance(stop, str) else stop or []
+    found = [choice["text"].find(one) for one in stops]
+    choice["text"] = choice["text"][: min((at for at in found if at >= 0), default=None)]

@@ -40,7 +40,7 @@ class ServedRequest:
     grammar_param: str = "grammar"
     tokenized: tuple[bytes, list[int]] | None = None
     prompt_made: bool = False
-    failure: BaseException | None = None
+    failure: Exception | None = None
     on_cancel: Callable[[], None] | None = None
     _streams: list[Iterator[Any]] = field(default_factory=list)
     _cancelled: str | None = None

@@ -52,6 +52,13 @@ class ServedModelSettings(ModelSettings):
         """For a request that names none: the server's own, or a random one."""
         return secrets.randbits(32) if self.seed in _RANDOM_SEEDS else self.seed
 
+    @property
+    def no_text(self) -> str | None:
+        """Why such a model cannot generate text, or None."""
+        if self.embedding:
+            return "it is served for embeddings (--embedding)"
+        return "only its vocabulary is loaded (--vocab_only)" if self.vocab_only else None
+
     def complete(self) -> None:
         """Fill in what was not given, from the files themselves.
 
@@ -73,8 +80,9 @@ class ServedModelSettings(ModelSettings):
             return
         if self.hf_model_repo_id is not None:
             raise ArgumentError("a draft is checked against its target's file before loading; give the model as a file")
-        if self.draft_model is not None:
-            raise ArgumentError("draft_model (prompt-lookup-decoding) and model_draft (-md): not together")
+        for name in ("draft_model", "embedding", "vocab_only"):
+            if getattr(self, name):
+                raise ArgumentError(f"{name} and model_draft (-md): not together")
         if "flash_attn" not in given:
             self.flash_attn = True
         if self.feature_dtype != "auto":
