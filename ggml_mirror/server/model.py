@@ -13,6 +13,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import llama_cpp
+import numpy as np
 from llama_cpp import Llama
 from llama_cpp.llama_tokenizer import LlamaTokenizer
 
@@ -223,6 +224,13 @@ def served_class(settings: ServedModelSettings) -> type[Served]:
 
 def _settle_in(llm: Served) -> None:
     llm._pieces = {}
+    n_ctx = llm.n_ctx()
+    if (
+        len(llm.input_ids) < n_ctx
+    ):  # llama.cpp rounds the context up, llama_cpp.Llama checks prompts against that, but has no room for them
+        llm.input_ids = np.zeros(n_ctx, np.intc)
+        if llm._logits_all:
+            llm.scores = np.zeros((n_ctx, llm._n_vocab), np.single)
     _check_chat_format(llm)
 
 

@@ -28,8 +28,9 @@ class ServerProcess:
         lines: what it has logged, so far.
     """
 
-    def __init__(self, *flags: object, ready: bool = True, **environment: str) -> None:
-        command = [sys.executable, "-c", _START, "serve", "--port", "0", "-t", "1", "-tb", "1", *map(str, flags)]
+    def __init__(self, *flags: object, ready: bool = True, threads: bool = True, **environment: str) -> None:
+        own = ["-t", "1", "-tb", "1"] if threads else []
+        command = [sys.executable, "-c", _START, "serve", "--port", "0", *own, *map(str, flags)]
         env = {name: value for name, value in os.environ.items() if name not in ("LLAMA_API_KEY", "CONFIG_FILE")}
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**env, **environment})
         self.lines: list[str] = []
