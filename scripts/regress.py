@@ -48,6 +48,7 @@ from rich.table import Table
 from ggml_mirror import DFlashLlama, GgmlMirrorError
 from ggml_mirror._native import ggml_versions
 from ggml_mirror.errors import ArgumentError
+from ggml_mirror.model_info import ModelInfo
 from ggml_mirror.output import check_writable, write_json
 
 if sys.version_info >= (3, 11):
@@ -85,6 +86,13 @@ class Pair:
     count_tolerance: float = 0.05
 
 
+#: Least values of a pair's numbers. What llama.cpp takes of them is an int32 at most.
+LEAST = {
+    "n_predict": 1, "n_ctx": 1, "n_batch": 1, "n_gpu_layers": -1, "n_threads": 0, "small_window": 1, "long_prompt": 1,
+    "tie": 0, "rows_tolerance": 0, "count_tolerance": 0,
+}  # fmt: skip
+
+
 def read_manifest(path: Path) -> list[Pair]:
     """The pairs of a manifest.
 
@@ -100,10 +108,12 @@ def read_manifest(path: Path) -> list[Pair]:
     unknown = content.keys() - {"defaults", "pair"}
     if unknown:
         raise ArgumentError(f"{path}: unknown table {min(unknown)!r}; there are [defaults] and [[pair]]")
-    entries = content.get("pair", [])
+    entries, defaults = content.get("pair", []), content.get("defaults", {})
     if not isinstance(entries, list) or not entries:
         raise ArgumentError(f"{path}: no [[pair]]")
-    pairs = [_pair(path, {**content.get("defaults", {}), **entry}) for entry in entries]
+    if not all(isinstance(table, dict) for table in (defaults, *entries)):
+        raise ArgumentError(f"{path}: [defaults] and each [[pair]] are tables, not values")
+    pairs = [_pair(path, {**defaults, **entry}) for entry in entries]
     names = [pair.name for pair in pairs]
     twice = [name for name in names if names.count(name) > 1]
     if twice:
@@ -130,10 +140,19 @@ def _pair(path: Path, entry: dict[str, Any]) -> Pair:
             raise ArgumentError(f"{where}: {key} is {value!r}; {' or '.join(k.__name__ for k in kind)} was expected")
         if kind == (list,) and not (value and all(isinstance(item, str) for item in value)):
             raise ArgumentError(f"{where}: {key} is {value!r}; a list of strings, one at least, was expected")
+        if key in LEAST and not LEAST[key] <= value < 2**31:
+            raise ArgumentError(f"{where}: {key} is {value!r}; a number from {LEAST[key]} was expected")
+    if not entry["name"] or "/" in entry["name"]:
+        raise ArgumentError(f"{where}: a name is not empty and has no '/'")
+    if not all(entry["prompts"]):
+        raise ArgumentError(f"{where}: a prompt is empty")
     wrong = [s for s in entry.get("scenarios", []) if s not in SCENARIOS]
     if wrong:
         raise ArgumentError(f"{where}: there is no scenario {wrong[0]!r}; there are {', '.join(SCENARIOS)}")
-    entry = {**entry, "dtypes": [storage(name) for name in entry.get("dtypes", ["f32", "q8_0"])]}
+    try:
+        entry = {**entry, "dtypes": [storage(name) for name in entry.get("dtypes", ["f32", "q8_0"])]}
+    except GgmlMirrorError as error:
+        raise ArgumentError(f"{where}: {error}") from error
     for key in ("target", "draft"):
         if isinstance(entry[key], str):
             entry[key] = _resolved(path, entry[key], where)
@@ -176,6 +195,9 @@ def write_models(pair: Pair, folder: Path) -> tuple[str, str]:
         if isinstance(spec, str):
             out.append(spec)
             continue
+        for key, value in spec.items():
+            if isinstance(value, int) and value < 1 and key != "seed":  # llama.cpp aborts at a model without layers
+                raise ArgumentError(f"pair {pair.name!r}: the tiny {role}'s {key} is {value}; it must be positive")
         try:
             out.append(
                 str(
@@ -223,7 +245,12 @@ class PairRun:
     def __init__(self, pair: Pair, target: str, draft: str) -> None:
         self.pair, self.target, self.draft = pair, target, draft
         self._plain_texts: dict[tuple[int, ...], Generation] = {}
-        self.plain = self._load(None)
+        for path in (target, draft):
+            ModelInfo.read(path)
+        try:
+            self.plain = self._load(None)
+        except (ValueError, RuntimeError) as error:  # llama.cpp's own, which names no cause
+            raise ArgumentError(f"pair {pair.name!r}: llama.cpp does not load {target}: {error}") from error
         self.prompts = [self.plain.tokenize(text.encode(), add_bos=True, special=False) for text in pair.prompts]
         longest = max(pair.long_prompt, *(len(p) for p in self.prompts)) + pair.n_predict + 64
         if longest > pair.n_ctx:
@@ -477,7 +504,7 @@ def main(
     wanted = [(p, [s for s in p.scenarios if not scenario or s in scenario]) for p in pairs]
     with (
         tempfile.TemporaryDirectory(prefix="ggml-mirror-regress-") as folder,
-        Progress(console=Console(stderr=True), transient=True) as progress,
+        Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress,
     ):
         bar = progress.add_task("", total=sum(len(p.dtypes) * len(chosen) for p, chosen in wanted))
         for p, chosen in wanted:

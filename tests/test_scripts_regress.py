@@ -53,6 +53,17 @@ def manifest(tmp_path: Path, text: str) -> Path:
         (TINY + 'scenarios = ["warm"]\n', "no scenario 'warm'"),
         (TINY.replace('{ tiny = "qwen35", seed = 1 }', '"none.gguf"'), "there is no file .*none.gguf"),
         (TINY.replace('tiny = "qwen35", ', ""), 'target is a table without "tiny"'),
+        ("pair = [1]", "each \\[\\[pair\\]\\] are tables"),
+        ("defaults = 3\n" + TINY, "\\[defaults\\] and each"),
+        (TINY.replace("q8_0", "q9_0"), "pair 'tiny': .*q9_0"),
+        (TINY.replace("n_predict = 20", "n_predict = 0"), "n_predict is 0; a number from 1"),
+        (TINY + "n_ctx = -1\n", "n_ctx is -1"),
+        (TINY + f"n_ctx = {2**31}\n", "n_ctx is 2147483648"),
+        (TINY + "tie = nan\n", "tie is nan"),
+        (TINY + "count_tolerance = -0.1\n", "count_tolerance is -0.1; a number from 0"),
+        (TINY.replace('"tiny"\n', '"a/b"\n'), "has no '/'"),
+        (TINY.replace('"tiny"\n', '""\n'), "not empty"),
+        (TINY.replace("prompts = [", 'prompts = ["", '), "a prompt is empty"),
     ],
 )
 def test_manifest_errors_name_the_place(tmp_path: Path, text: str, says: str) -> None:
@@ -76,6 +87,24 @@ def test_tiny_model_of_an_unknown_kind(tmp_path: Path) -> None:
     (pair,) = regress.read_manifest(manifest(tmp_path, TINY.replace('"qwen35"', '"qwen99"')))
     with pytest.raises(GgmlMirrorError, match="no tiny target"):
         regress.write_models(pair, tmp_path)
+
+
+def test_tiny_models_that_llama_cpp_would_abort_at(tmp_path: Path) -> None:
+    (pair,) = regress.read_manifest(manifest(tmp_path, TINY.replace("seed = 1 }", "n_layer = 0 }", 1)))
+    with pytest.raises(GgmlMirrorError, match="n_layer is 0"):
+        regress.write_models(pair, tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["junk", "cut"])
+def test_models_that_do_not_load_are_one_line_and_exit_code_2(damage: str, tmp_path: Path) -> None:
+    (pair,) = regress.read_manifest(manifest(tmp_path, TINY))
+    target = Path(regress.write_models(pair, tmp_path)[0])
+    target.write_bytes(b"junk" if damage == "junk" else target.read_bytes()[:-5000])
+    done = run_script(
+        "regress.py", str(manifest(tmp_path, TINY.replace('{ tiny = "qwen35", seed = 1 }', f'"{target}"')))
+    )
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1 and target.name in done.stderr
 
 
 def test_shipped_manifest_is_complete() -> None:
