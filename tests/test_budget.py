@@ -164,6 +164,7 @@ assert resident() - before < 64 * n_ctx, resident() - before
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("type_k", ["f16", "q8_0"])
 def test_the_process_takes_what_the_budget_says(type_k: str, demo_target: Path) -> None:
     """The demo pair at work, each row of its ring written: resident memory, less the pages of the mapped file."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from dflash.pair import TARGETS
 from llama_cpp import Llama
 from llama_cpp._internals import LlamaContext
 
@@ -17,7 +18,7 @@ from .conftest import ChatPair, say
 SAID = ["Once upon", "and then?", "why"]
 
 
-@pytest.mark.parametrize("temp", [0.0, 0.9])
+@pytest.mark.parametrize(("name", "temp"), [("llama", 0.0), *((name, 0.9) for name in TARGETS)])
 def test_drafted_and_plain_conversations_are_the_same(name: str, temp: float, pair: ChatPair) -> None:
     """Also where tokens are drawn: by the same seed."""
     drafted, plain = pair.chat(name, temp=temp), pair.plain_chat(name, temp=temp)
@@ -35,13 +36,13 @@ def test_answers_are_those_of_create_chat_completion(demo_target: Any, demo_draf
     chat = Chat(
         DFlashLlama(str(demo_target), draft_path=str(demo_draft), **options),
         system="You are brief.",
-        sampling=Sampling(temp=0.0, n_predict=24),
+        sampling=Sampling(temp=0.0, n_predict=12),
     )
     plain = Llama(str(demo_target), flash_attn=True, **options)
     messages: list[Any] = [{"role": "system", "content": "You are brief."}]
     for text in ("What is a ring?", "Give an example.", "Thanks!"):
         messages.append({"role": "user", "content": text})
-        whole = plain.create_chat_completion(messages, temperature=0.0, max_tokens=24)["choices"][0]["message"][
+        whole = plain.create_chat_completion(messages, temperature=0.0, max_tokens=12)["choices"][0]["message"][
             "content"
         ]
         messages.append({"role": "assistant", "content": whole})
@@ -58,7 +59,12 @@ def test_seeds(pair: ChatPair) -> None:
     assert pair.chat(seed=-1).seed != pair.chat(seed=-1).seed
 
 
-@pytest.mark.parametrize("pieces", [1, 2, 5, 11])
+#: One target for each way of rolling back.
+MEANS = ("llama", "gemma3-windowed", "qwen35", "mamba")
+
+
+@pytest.mark.parametrize("name", MEANS)
+@pytest.mark.parametrize("pieces", [1, 6, 11])
 def test_an_answer_that_is_closed_stands_as_far_as_it_was_said(pieces: int, name: str, pair: ChatPair) -> None:
     """What follows is what follows a conversation in which it was the answer."""
     chat = pair.chat(name, n=40)
@@ -72,8 +78,8 @@ def test_an_answer_that_is_closed_stands_as_far_as_it_was_said(pieces: int, name
     assert say(chat, SAID[2]) == say(twin, SAID[2])
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("call", [1, 2, 3, 6])
+@pytest.mark.parametrize("name", MEANS)
+@pytest.mark.parametrize(("call", "when"), [(1, "before"), (1, "after"), (3, "after"), (6, "before")])
 def test_an_interrupt_around_any_evaluation(
     call: int, when: str, name: str, pair: ChatPair, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from dflash.pair import TARGETS
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
@@ -37,7 +38,8 @@ def go_on(chat: Chat) -> list[Any]:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "window"), [("f32", None), ("bf16", 40), ("q8_0", 40)], ids=["f32-whole", "bf16-wrapped", "q8_0-wrapped"]
+    ("name", "dtype", "window"),
+    [("llama", "bf16", 40), *((name, "f32", None) for name in TARGETS), *((name, "q8_0", 40) for name in TARGETS)],
 )
 def test_a_loaded_conversation_goes_on_as_if_never_saved(
     dtype: str, window: int | None, name: str, pair: ChatPair, tmp_path: Path
@@ -56,6 +58,7 @@ def test_a_loaded_conversation_goes_on_as_if_never_saved(
         assert other.messages == messages
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "window"), [("f32", 512), ("q8_0", 48)], ids=["f32-whole", "q8_0-wrapped"])
 def test_the_demo_pair_goes_on(dtype: str, window: int, demo_target: Path, demo_draft: Path, tmp_path: Path) -> None:
     def chat() -> Chat:
@@ -71,7 +74,9 @@ def test_the_demo_pair_goes_on(dtype: str, window: int, demo_target: Path, demo_
     assert loaded.total.accepted > 0 and unsaved.messages == loaded.messages
 
 
-@pytest.mark.parametrize("window", [None, 40], ids=["whole", "wrapped"])
+@pytest.mark.parametrize(
+    ("name", "window"), [("llama", None), ("llama", 40), ("gemma3-windowed", 40), ("qwen35", 40), ("mamba", 40)]
+)
 def test_fused_rows_go_on(window: int | None, name: str, pair: ChatPair, tmp_path: Path) -> None:
     """And are no raw ones."""
     options = {"feature_rows": "fused", "feature_dtype": "q8_0", "draft_window": window}
