@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from typing import Any
+
 from rich.console import Console
 from rich.markup import escape
 
-from .budget import Budget
+from .budget import Budget, make_budget
 from .byte_size import format_bytes
+from .errors import UnsupportedError
 from .report import _columns, _print_notes, _table
 
 
@@ -37,3 +41,35 @@ def print_budget(budget: Budget, console: Console) -> None:
     if budget.reason:
         console.print(f"feature dtype auto: {escape(budget.reason)}")
     _print_notes(budget.notes, console)
+
+
+def within_budget(model_path: str | os.PathLike[str], console: Console, **options: Any) -> dict[str, Any]:
+    """Show the budget of what will be loaded, and hold to it.
+
+    Returns:
+        The options for ``DFlashLlama`` or ``Llama``, with the feature dtype that was chosen.
+
+    Args:
+        options: as for :func:`make_budget`. Without ``draft_path``, what only drafting takes is left out.
+
+    Raises:
+        BudgetError: it does not fit; nothing was allocated.
+        GgmlMirrorError: as :func:`make_budget`.
+    """
+    if options.get("draft_path") is None:
+        options = {name: value for name, value in options.items() if name not in _DRAFTING}
+    try:
+        budget = make_budget(model_path, **options)
+    except UnsupportedError as error:
+        # With "auto" there is nothing to go by: the model itself will say so.
+        console.print(f"[yellow]note:[/] no budget: {escape(str(error))}", soft_wrap=True)
+        return options
+    print_budget(budget, console)
+    budget.require_fit()
+    return options if budget.dtype is None else {**options, "feature_dtype": budget.dtype}
+
+
+#: What only a DFlashLlama takes.
+_DRAFTING = (
+    "draft_path", "feature_dtype", "feature_rows", "draft_window", "draft_device", "draft_kv", "n_draft", "memory_margin",
+)  # fmt: skip

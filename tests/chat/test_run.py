@@ -100,6 +100,26 @@ def test_bytes_that_are_no_text(flags: list[object]) -> None:
     assert done.returncode == 0 and len(done.stdout) > 5, done.stderr
 
 
+def test_tokens_of_many_bytes_keep_their_text(demo_target: Path) -> None:
+    """llama-cpp-python's own detokenizer drops them; the others come out alike."""
+    from llama_cpp import Llama
+
+    from ggml_mirror.whole_tokenizer import WholeTokenizer
+
+    llm = Llama(str(demo_target), vocab_only=True, verbose=False)
+    whole = WholeTokenizer(llm)
+    lost = 0
+    for token in range(llm.n_vocab()):
+        ours, theirs = whole.detokenize([token]), llm.detokenize([token])
+        lost += ours != theirs
+        assert ours == theirs or (len(ours) > 32 and theirs == b"")
+    assert lost == 47
+    text = "def f():\n" + " " * 60 + "return 1\n" + "=" * 80
+    assert whole.detokenize(llm.tokenize(text.encode(), add_bos=False)) == text.encode()
+    llm.tokenizer_ = whole
+    assert llm.detokenize(llm.tokenize(text.encode(), add_bos=True)).endswith(text.encode())
+
+
 def test_no_draft_and_no_input(flags: list[object], said: Any) -> None:
     plain = [*flags[:2], *flags[4:]]
     done = piped([*plain, "-p", "Once upon"])
