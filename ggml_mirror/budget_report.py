@@ -46,18 +46,16 @@ def print_budget(budget: Budget, console: Console) -> None:
 def within_budget(model_path: str | os.PathLike[str], console: Console, **options: Any) -> dict[str, Any]:
     """Show the budget of what will be loaded, and hold to it.
 
+    Args:
+        options: as for :func:`make_budget`; see :func:`loading_options`.
+
     Returns:
         The options for ``DFlashLlama`` or ``Llama``, with the feature dtype that was chosen.
-
-    Args:
-        options: as for :func:`make_budget`. Without ``draft_path``, what only drafting takes is left out.
 
     Raises:
         BudgetError: it does not fit; nothing was allocated.
         GgmlMirrorError: as :func:`make_budget`.
     """
-    if options.get("draft_path") is None:
-        options = {name: value for name, value in options.items() if name not in _DRAFTING}
     try:
         budget = make_budget(model_path, **options)
     except UnsupportedError as error:
@@ -67,9 +65,3 @@ def within_budget(model_path: str | os.PathLike[str], console: Console, **option
     print_budget(budget, console)
     budget.require_fit()
     return options if budget.dtype is None else {**options, "feature_dtype": budget.dtype}
-
-
-#: What only a DFlashLlama takes.
-_DRAFTING = (
-    "draft_path", "feature_dtype", "feature_rows", "draft_window", "draft_device", "draft_kv", "n_draft", "memory_margin",
-)  # fmt: skip

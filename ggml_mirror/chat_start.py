@@ -23,19 +23,21 @@ DEFAULT_N_CTX = 4096
 #: llama.cpp rounds contexts up to this; ``Llama`` does not, and would fail where its own number ends.
 _CELLS = 256
 
+#: What only a DFlashLlama takes.
+_DRAFTING = ("feature_dtype", "feature_rows", "draft_window", "draft_device", "draft_kv", "n_draft", "memory_margin")
 
-def start(
-    model: Path, draft: Path | None, *, err: Console, n_ctx: int | None = None, verbose: bool = False, **options: Any
-) -> DFlashLlama | PlainLlama:
-    """Show the budget on ``err``, then load the target and, if there is one, its draft.
+
+def loading_options(
+    model: Path, draft: Path | None, *, err: Console, n_ctx: int | None = None, **options: Any
+) -> dict[str, Any]:
+    """Arguments of ``DFlashLlama``, or of ``Llama`` without a draft; what was decided is said on ``err``.
 
     Args:
         n_ctx: None: the model's, at most 4096; 0: the model's.
         options: as for ``DFlashLlama``; without a draft, what only drafting takes is left out.
 
     Raises:
-        BudgetError: they do not fit; nothing was allocated.
-        GgmlMirrorError: they cannot be loaded.
+        GgmlMirrorError: the target is none.
     """
     info = ModelInfo.read(model)
     if info.is_draft:
@@ -49,13 +51,25 @@ def start(
         _note(
             err, f"the context of {wanted:,} tokens is larger than what the model was trained on, {info.n_ctx_train:,}"
         )
-    if draft is None:
-        _note(err, "no draft was given (-md): the target runs plainly")
-    else:
-        options["draft_path"] = os.fspath(draft)
+    if draft is not None:
+        return {**options, "draft_path": os.fspath(draft)}
+    _note(err, "no draft was given (-md): the target runs plainly")
+    return {name: value for name, value in options.items() if name not in _DRAFTING}
+
+
+def start(model: Path, *, err: Console, verbose: bool = False, **options: Any) -> DFlashLlama | PlainLlama:
+    """Show the budget on ``err``, then load the target and, if there is one, its draft.
+
+    Args:
+        options: of :func:`loading_options`.
+
+    Raises:
+        BudgetError: they do not fit; nothing was allocated.
+        GgmlMirrorError: they cannot be loaded.
+    """
     path = os.fspath(model)
     options = within_budget(path, err, **options)
-    kind = PlainLlama if draft is None else DFlashLlama
+    kind = DFlashLlama if "draft_path" in options else PlainLlama
     with explained(path, options["n_ctx"], verbose=verbose):
         llm = kind(path, verbose=verbose, **options)
     llm.tokenizer_ = WholeTokenizer(llm)

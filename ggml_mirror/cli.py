@@ -411,6 +411,11 @@ def run(
         bool, typer.Option("--mmap/--no-mmap", help="Map the model's file rather than read it.")
     ] = True,
     use_mlock: Annotated[bool, typer.Option("--mlock", help="Keep the model in RAM.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Show what everything would take, and leave: exit code 3 if it does not fit."),
+    ] = False,
+    json: JsonOption = None,
 ) -> None:
     """Chat with a target and its draft.
 
@@ -427,7 +432,12 @@ def run(
     ggml-mirror run -m target.gguf -md draft.gguf --temp 0 -p "Write a haiku about rings."
 
     ggml-mirror run -m target.gguf < questions.txt > answers.txt
+
+    ggml-mirror run -m target.gguf -md draft.gguf -c 131072 --dry-run --json
     """
+    _check_outputs(json)
+    if json is not None and not dry_run:
+        raise errors.ArgumentError("--json goes with --dry-run: it writes the budget")
     from .flags import cache_type, layers, switch
 
     llama_kwargs = {
@@ -443,31 +453,45 @@ def run(
     }
     _check_run(prompt, n_ctx=n_ctx, n_predict=n_predict, n_batch=n_batch, n_ubatch=n_ubatch, n_threads=n_threads)
 
-    from .chat import STOPPED, Chat, Sampling
-    from .chat_start import start
-    from .chat_terminal import ChatTerminal
+    from .chat_start import loading_options
     from .prompt_run import default_threads
     from .report import make_console
 
     out, err = make_console(), make_console(stderr=True)
     threads = n_threads or default_threads()
-    llm = start(
+    options = loading_options(
         model,
         draft,
         err=err,
         feature_dtype=feature_dtype,
+        feature_rows=feature_rows,
         draft_window=draft_window,
         draft_device=draft_device,
+        draft_kv=draft_kv,
         n_draft=n_draft,
         memory_margin=memory_margin,
-        feature_rows=feature_rows,
-        draft_kv=draft_kv,
-        verbose=_debugging(),
         n_ctx=n_ctx,
         n_threads=threads,
         n_threads_batch=n_threads_batch or threads,
         **llama_kwargs,
     )
+    if dry_run:
+        from .budget import make_budget
+        from .budget_report import print_budget
+
+        budget = make_budget(model, **options)
+        if json is not None:
+            write_json(budget.to_json(), json)
+        if json != STDOUT:
+            print_budget(budget, out)
+        budget.require_fit()
+        return
+
+    from .chat import STOPPED, Chat, Sampling
+    from .chat_start import start
+    from .chat_terminal import ChatTerminal
+
+    llm = start(model, err=err, verbose=_debugging(), **options)
     sampling = Sampling(temp, top_k, top_p, min_p, repeat_penalty, n_predict if n_predict > 0 else None)
     try:
         chat = Chat(llm, system=system, sampling=sampling, seed=seed)

@@ -227,6 +227,23 @@ def test_a_prompt_beyond_the_context(flags: list[object]) -> None:
     assert "no longer fits into the context" in done.stderr.splitlines()[-1]
 
 
+def test_a_dry_run_is_the_budget_and_no_more(flags: list[object], run: Run, tmp_path: Path) -> None:
+    shown = run("run", *flags, "--dry-run")
+    assert shown.code == 0 and "draft weights" in shown.out and "note:" in shown.err
+    asked = run("run", *flags, "--feature-dtype", "auto", "--dry-run", "--json")
+    assert asked.code == 0 and asked.json["fits"] and asked.json["feature_dtype"] == "f32"
+    assert {part["id"] for part in asked.json["parts"]} >= {"target_weights", "kv_cache", "draft_weights", "mirror"}
+    never = run(
+        "run", *flags, "--feature-dtype", "auto", "--memory-margin", "4TiB", "--dry-run", "--json", tmp_path / "b"
+    )
+    assert never.code == 3 and "no dtype leaves 4 TiB" in never.err
+    written = json.loads((tmp_path / "b").read_text())
+    assert not written["fits"] and written["error"]["fitting_dtypes"][0] == "f32" and written["feature_dtype"] is None
+    assert run("run", *flags, "--json").code == 2
+    plain = run("run", *flags[:2], "--dry-run", "--json")
+    assert plain.json["mirror_device"] == "" and {d["name"] for d in plain.json["devices"]} == {"CPU"}
+
+
 def test_too_little_memory_says_what_would_fit(flags: list[object]) -> None:
     """Under a limit on the process: the dtype that it names then runs."""
     program = f"""
