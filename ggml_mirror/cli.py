@@ -531,7 +531,30 @@ def serve(
     ] = None,
     feature_dtype: Annotated[
         str | None,
-        typer.Option(metavar="DTYPE", help="How the mirror stores rows. Default: DFLASH_FEATURE_DTYPE, else f32."),
+        typer.Option(
+            metavar="DTYPE",
+            help="How the mirror stores rows; auto: the most precise of f32, bf16, q8_0 that leaves the memory margin. "
+            "Default: DFLASH_FEATURE_DTYPE, else f32.",
+        ),
+    ] = None,
+    memory_margin: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BYTES",
+            help="What auto leaves free, as 512MiB. Default: 5 % of the device's memory, at most 1 GiB.",
+        ),
+    ] = None,
+    feature_rows: Annotated[
+        str | None,
+        typer.Option(
+            "--feature-rows", metavar="raw|fused", help="What the mirror holds; fused: what the draft makes of rows."
+        ),
+    ] = None,
+    draft_kv: Annotated[
+        str | None,
+        typer.Option(
+            "--draft-kv", metavar="TYPE", help="Of the draft's keys and values: f16, q8_0, or off: none are kept."
+        ),
     ] = None,
     draft_window: Annotated[
         int | None, typer.Option(help="Context rows that the draft attends to. Default: 4096.")
@@ -622,7 +645,7 @@ def serve(
     from .server import require_extra
 
     require_extra()
-    from .server.flags import cache_bytes, kv_type, layers, switch
+    from .flags import cache_type, layers, mebibytes, switch
     from .server.run import serve as run
     from .server.settings import ServeConfig, read_keys, read_settings
 
@@ -630,6 +653,9 @@ def serve(
         "model": None if model is None else str(model),
         "model_draft": None if model_draft is None else str(model_draft),
         "feature_dtype": feature_dtype,
+        "memory_margin": memory_margin,
+        "feature_rows": feature_rows,
+        "draft_kv": draft_kv,
         "draft_window": draft_window,
         "draft_device": draft_device,
         "n_draft": n_draft,
@@ -639,10 +665,10 @@ def serve(
         "n_ubatch": n_ubatch,
         "n_threads": n_threads,
         "n_threads_batch": n_threads_batch,
-        "n_gpu_layers": layers(n_gpu_layers),
-        "flash_attn": switch(flash_attn, "--flash-attn"),
-        "type_k": kv_type(type_k, "--cache-type-k"),
-        "type_v": kv_type(type_v, "--cache-type-v"),
+        "n_gpu_layers": None if n_gpu_layers is None else layers(n_gpu_layers),
+        "flash_attn": None if flash_attn is None else switch(flash_attn, "-fa"),
+        "type_k": None if type_k is None else cache_type(type_k, "-ctk"),
+        "type_v": None if type_v is None else cache_type(type_v, "-ctv"),
         "offload_kqv": offload_kqv,
         "use_mlock": use_mlock,
         "use_mmap": use_mmap,
@@ -664,10 +690,10 @@ def serve(
         models=models,
         api_keys=read_keys(api_key, api_key_file, server),
         cors_origins=cors_origins,
-        cache_ram=cache_bytes(cache_ram),
+        cache_ram=None if cache_ram is None else mebibytes(cache_ram),
         cache_disk=cache_disk,
-        cache_disk_max=cache_bytes(cache_disk_max),
-        max_body=cache_bytes(max_body) or 0,
+        cache_disk_max=None if cache_disk_max is None else mebibytes(cache_disk_max),
+        max_body=mebibytes(max_body),
         max_queue=max_queue,
         timeout=timeout,
         shutdown_timeout=shutdown_timeout,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .byte_size import parse_bytes
 from .errors import ArgumentError
 
 _CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1")  # llama.cpp's
@@ -32,3 +33,8 @@ def cache_type(text: str, flag: str) -> int:
     if text.lower() not in _CACHE_TYPES:
         raise ArgumentError(f"{flag} {text}: one of {', '.join(_CACHE_TYPES)} was expected")
     return int(GGMLQuantizationType[text.upper()])
+
+
+def mebibytes(text: str) -> int:
+    """Bytes from a size such as 2GiB. A bare number is MiB, as llama-server's ``--cache-ram`` has it."""
+    return int(text) << 20 if text.strip().isdigit() else parse_bytes(text)

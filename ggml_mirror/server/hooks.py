@@ -25,6 +25,7 @@ from llama_cpp.server.model import LlamaProxy
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.middleware.cors import CORSMiddleware
 
+from ..llama_log import explained
 from .errors import RequestError, as_request_error
 from .model import Served, served_class
 from .request import current
@@ -62,7 +63,8 @@ class ServedProxy(LlamaProxy):
         real = model_module.llama_cpp
         model_module.llama_cpp = _LlamaCpp(served_class(settings))
         try:
-            llm: Any = LlamaProxy.load_llama_from_model_settings(settings)
+            with explained(settings.model, settings.n_ctx, verbose=settings.verbose):
+                llm: Any = LlamaProxy.load_llama_from_model_settings(settings)
         finally:
             model_module.llama_cpp = real
         try:

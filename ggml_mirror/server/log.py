@@ -8,6 +8,9 @@ import sys
 import time
 from typing import Any
 
+from ..budget import Budget
+from ..budget_report import print_budget
+from ..report import make_console
 from .errors import RequestError
 from .request import ServedRequest
 
@@ -26,6 +29,16 @@ def start_log(*, as_json: bool, verbose: bool) -> None:
         logger.handlers[:] = [handler]
         logger.setLevel(level)
         logger.propagate = False
+
+
+def log_budget(budget: Budget) -> None:
+    """A table where people read, an event where programs do."""
+    if not _LOG.handlers:
+        return
+    if isinstance(_LOG.handlers[0].formatter, _Json):
+        _LOG.info("budget", extra={_FIELDS: budget.to_json()})
+    else:
+        print_budget(budget, make_console(stderr=True))
 
 
 def log_request(

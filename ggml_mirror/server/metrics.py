@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.process_collector import ProcessCollector
+
+from .cache import cache_metrics
 
 if TYPE_CHECKING:
     from .request import ServedRequest
@@ -112,17 +114,4 @@ class _StateCollector:
             rows.add_metric([], mirror["cap"])
         yield size
         yield rows
-        counts = state.cache_counts()
-        for name, what in (
-            ("hits", "Prompts that began with a cached one."),
-            ("misses", "Prompts that did not."),
-            ("restore_seconds", "Seconds spent on restoring cached states."),
-            ("skipped_files", "Files of the cache that could not be used."),
-        ):
-            counter = CounterMetricFamily(f"ggml_mirror_cache_{name}", what)
-            counter.add_metric([], counts.get(name, 0))
-            yield counter
-        held = GaugeMetricFamily("ggml_mirror_cache_bytes", "Bytes in the cache.", labels=("where",))
-        for where in ("ram", "disk"):
-            held.add_metric([where], counts.get(f"{where}_bytes", 0))
-        yield held
+        yield from cache_metrics(state.cache)

@@ -7,25 +7,26 @@ a request hang there and on ``generate`` and ``eval`` beneath it.
 from __future__ import annotations
 
 import ctypes
-import time
 from collections.abc import Generator, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import llama_cpp
-import numpy as np
 from llama_cpp import Llama
 from llama_cpp.llama_tokenizer import LlamaTokenizer
 
 from ..dflash import DFlashLlama
 from ..draft_stats import DraftStats
+from ..plain_llama import PlainLlama
 from .errors import RequestError
+from .memory import require_room
 from .request import current
 from .sampling import GuardedSampler, require_grammar, with_bias
 
 if TYPE_CHECKING:
     from .settings import ServedModelSettings
 
+_LONG = 64  # tokens whose text is not put together anew each time
 _WARM_UP_TOKENS = 3  # the first is the prompt's, the second needs a draft step
 
 
@@ -67,17 +68,17 @@ class Served(Llama):
         if not tokens:
             raise RequestError("prompt: it is empty, and this model has no token to begin with", param="prompt")
         request = current.get()
-        self._begin(len(tokens))
+        self.stats = DraftStats()  # if what follows fails before it has its own
         chosen = super().generate(tokens, *args, **options)
         sent: Sequence[int] | None = None
-        at_eos = False
+        at_end = False
         try:
             while True:
                 try:
-                    token = self._next(chosen, sent)
+                    token = chosen.send(sent)
                 except StopIteration:
                     return
-                at_eos = bool(llama_cpp.llama_vocab_is_eog(self._model.vocab, token))
+                at_end = bool(llama_cpp.llama_vocab_is_eog(self._model.vocab, token))
                 if request is not None:
                     request.check()
                     request.token()
@@ -88,7 +89,7 @@ class Served(Llama):
             chosen.close()
             if request is not None:
                 request.generations.append(self.stats)
-                request.ended_at_eos += at_eos
+                request.ended_at_eos += at_end
 
     def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
         """As the base class; a long text was tokenized before llama_cpp.server asks for it in the event loop."""
@@ -107,10 +108,19 @@ class Served(Llama):
     def detokenize(self, tokens: list[int], prev_tokens: list[int] | None = None, special: bool = False) -> bytes:
         """As the base class, which reads 32 bytes of a token and drops those that have more: deep indentation, long rules."""
         if type(self.tokenizer_) is not LlamaTokenizer:
-            text: bytes = super().detokenize(tokens, prev_tokens, special)
-            return text
-        joined = b"".join([self._piece(token, special) for token in tokens])
-        return joined[1:] if tokens and tokens[0] == self.token_bos() and joined[:1] == b" " else joined
+            theirs: bytes = super().detokenize(tokens, prev_tokens, special)
+            return theirs
+        request = current.get()
+        if request is None or special or len(tokens) < _LONG:
+            text = b"".join([self._piece(token, special) for token in tokens])
+        else:
+            # After each token the text of all is asked for, of the same list: what was added to it is read.
+            if request.text_of is not tokens or len(tokens) < request.text_n:
+                request.text_of, request.text_n, request.text = tokens, 0, bytearray()
+            for token in tokens[request.text_n :]:
+                request.text += self._piece(token, special)
+            request.text_n, text = len(tokens), bytes(request.text)
+        return text[1:] if tokens and tokens[0] == self.token_bos() and text[:1] == b" " else text
 
     def _piece(self, token: int, special: bool) -> bytes:
         known = self._pieces.get((token, special))
@@ -133,10 +143,6 @@ class Served(Llama):
                 request.check()
             super().eval(tokens[start : start + self.n_batch])
 
-    def close(self) -> None:
-        if hasattr(self, "_stack"):  # not if it was refused before llama_cpp.Llama had begun
-            super().close()
-
     def warm_up(self) -> None:
         """Run everything once, so that the first request does not pay for it, and forget it."""
         if self.settings.no_text is not None:
@@ -149,12 +155,6 @@ class Served(Llama):
             generator.close()
         self.reset()
 
-    def _begin(self, n_prompt: int) -> None:
-        self.stats = DraftStats(prompt_tokens=n_prompt)
-
-    def _next(self, chosen: Generator[int, Any, None], sent: Sequence[int] | None) -> int:
-        return chosen.send(sent)
-
     def _init_sampler(self, *args: Any, **options: Any) -> Any:
         grammar = options.get("grammar")
         if grammar is None:
@@ -166,35 +166,14 @@ class Served(Llama):
         return GuardedSampler(super()._init_sampler(*args, **options), self._n_vocab)
 
 
-class ServedLlama(Served):
-    """A target that is served plainly. Counts and seconds are those of :class:`DraftStats`; nothing is drafted."""
+class ServedLlama(Served, PlainLlama):
+    """A target that is served plainly."""
 
     def __init__(self, model_path: str, **options: Any) -> None:
+        if self.settings.hf_model_repo_id is None and self.settings.no_text is None:
+            require_room(model_path, **options)
         super().__init__(model_path, **options)
         _settle_in(self)
-
-    def eval(self, tokens: Sequence[int]) -> None:
-        super().eval(tokens)
-        if hasattr(self, "stats") and not self.stats.tokens:
-            self._evaluated += len(tokens)
-
-    def _begin(self, n_prompt: int) -> None:
-        super()._begin(n_prompt)
-        self._evaluated = 0
-
-    def _next(self, chosen: Generator[int, Any, None], sent: Sequence[int] | None) -> int:
-        started = time.perf_counter()
-        token = chosen.send(sent)
-        elapsed = time.perf_counter() - started
-        stats = self.stats
-        if stats.tokens == 0:
-            stats.prefill_s = elapsed
-            stats.prefix_reused = max(stats.prompt_tokens - self._evaluated, 0)
-        else:
-            stats.decode_s += elapsed
-            stats.plain_steps += 1
-        stats.tokens += 1
-        return token
 
 
 class ServedDFlashLlama(Served, DFlashLlama):
@@ -202,17 +181,20 @@ class ServedDFlashLlama(Served, DFlashLlama):
 
     def __init__(self, model_path: str, **options: Any) -> None:
         settings = self.settings
-        assert settings.model_draft is not None
-        DFlashLlama.__init__(
-            self,
-            model_path,
-            draft_path=settings.model_draft,
-            feature_dtype=settings.feature_dtype,
-            draft_window=settings.draft_window,
-            draft_device=settings.draft_device,
-            n_draft=settings.n_draft,
-            **options,
-        )
+        options.pop("draft_model", None)  # llama_cpp.server's own drafting, which is off
+        drafting: dict[str, Any] = {
+            "draft_path": settings.model_draft,
+            "feature_dtype": settings.feature_dtype,
+            "draft_window": settings.draft_window,
+            "draft_device": settings.draft_device,
+            "n_draft": settings.n_draft,
+            "feature_rows": settings.feature_rows,
+            "draft_kv": settings.draft_kv,
+        }
+        budget = require_room(model_path, memory_margin=settings.memory_margin, **drafting, **options)
+        if budget is not None:
+            drafting["feature_dtype"] = budget.dtype  # what "auto" came to
+        super().__init__(model_path, **drafting, **options)
         _settle_in(self)
 
 
@@ -224,13 +206,6 @@ def served_class(settings: ServedModelSettings) -> type[Served]:
 
 def _settle_in(llm: Served) -> None:
     llm._pieces = {}
-    n_ctx = llm.n_ctx()
-    if (
-        len(llm.input_ids) < n_ctx
-    ):  # llama.cpp rounds the context up, llama_cpp.Llama checks prompts against that, but has no room for them
-        llm.input_ids = np.zeros(n_ctx, np.intc)
-        if llm._logits_all:
-            llm.scores = np.zeros((n_ctx, llm._n_vocab), np.single)
     _check_chat_format(llm)
 
 

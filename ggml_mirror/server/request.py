@@ -24,6 +24,7 @@ class ServedRequest:
         on_cancel: called when it is cancelled while it waits for its turn.
         prompt_made: the chat format has done its part.
         failure: what the answer failed with, if it did.
+        text_of, text_n, text: tokens, and the text of so many of them.
         generations: one per call of ``generate``; some chat formats make several.
     """
 
@@ -37,6 +38,9 @@ class ServedRequest:
     first_token_s: float | None = None
     generations: list[DraftStats] = field(default_factory=list)
     ended_at_eos: int = 0
+    text_of: list[int] | None = None
+    text_n: int = 0
+    text: bytearray = field(default_factory=bytearray)
     grammar_param: str = "grammar"
     tokenized: tuple[bytes, list[int]] | None = None
     prompt_made: bool = False

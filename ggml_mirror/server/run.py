@@ -73,6 +73,7 @@ class Run:
             raise self.failure
         if loader.is_alive():  # in native code, which nothing can interrupt
             _leave(0)
+        self.state.close()
         if self.proxy is not None:
             self.proxy.free()
 

@@ -16,15 +16,18 @@ from llama_cpp.server.cli import add_args_from_model
 from llama_cpp.server.settings import ModelSettings, ServerSettings
 from pydantic import Field, ValidationError
 
+from ..dflash import resolve_n_draft
 from ..draft import DraftSpec
-from ..dtype import FeatureDtype
+from ..dtype import AUTO, FeatureDtype
 from ..errors import ArgumentError
 from ..model_info import ModelInfo
+from ..row_kind import RAW, parse_rows
 
 CONFIG_VARIABLE = "CONFIG_FILE"  # llama_cpp.server's
 KEY_VARIABLE = "LLAMA_API_KEY"  # llama-server's
 
 DEFAULT_N_CTX = 4096  # or the model's, if that is smaller
+CELLS = 256  # llama.cpp's contexts are multiples of it
 
 #: Fields whose default differs from llama_cpp.server's; a value that was given always stands.
 #: logits_all keeps n_ctx * n_vocab floats, mlock needs a limit that few systems grant, and the log of llama.cpp is long.
@@ -43,6 +46,11 @@ class ServedModelSettings(ModelSettings):
     )
     draft_window: Optional[int] = Field(default=None, ge=1, description="Context rows that the draft attends to.")  # noqa: UP045
     draft_device: str = Field(default="auto", description="Device of draft and mirror.")
+    feature_rows: str = Field(default=RAW, description="What the mirror holds: raw or fused rows.")
+    draft_kv: str = Field(default="f16", description="Type of the draft's keys and values: f16, q8_0, off.")
+    memory_margin: Optional[str] = Field(  # noqa: UP045
+        default=None, description="For feature_dtype auto: bytes to leave free, as 512MiB. Default: 5 %, at most 1 GiB."
+    )
     n_draft: Optional[int] = Field(default=None, ge=1, description="Most tokens to draft per step.")  # noqa: UP045
     n_predict: Optional[int] = Field(  # noqa: UP045
         default=None, description="Most tokens of a completion, and how many if a request names none. -1: no limit."
@@ -85,12 +93,11 @@ class ServedModelSettings(ModelSettings):
                 raise ArgumentError(f"{name} and model_draft (-md): not together")
         if "flash_attn" not in given:
             self.flash_attn = True
-        if self.feature_dtype != "auto":
-            self.feature_dtype = FeatureDtype.resolve(self.feature_dtype).value
+        dtype = FeatureDtype.resolve_choice(self.feature_dtype)
+        self.feature_dtype = AUTO if dtype is None else dtype.value
+        parse_rows(self.feature_rows)
         target = ModelInfo.read(self.model)
-        block = DraftSpec.read(self.model_draft, target).block_size
-        if self.n_draft is not None and not self.n_draft < block:
-            raise ArgumentError(f"n_draft is {self.n_draft}; this draft's block gives 1 to {block - 1} tokens")
+        resolve_n_draft(self.n_draft, DraftSpec.read(self.model_draft, target))
         self._complete_context(target)
 
     def _complete_context(self, target: ModelInfo) -> None:
@@ -98,6 +105,10 @@ class ServedModelSettings(ModelSettings):
             raise ArgumentError(f"{target.path} is a draft; give it with -md, and its target with -m")
         if "n_ctx" not in self.model_fields_set:
             self.n_ctx = min(target.n_ctx_train, DEFAULT_N_CTX)
+        # llama.cpp rounds contexts up. Llama has ids for what it was asked for, but checks prompts against what llama.cpp made of it.
+        self.n_ctx = -(-(self.n_ctx or target.n_ctx_train) // CELLS) * CELLS
+        if self.chat_format is None and not target.has_chat_template:
+            self.chat_format = "chatml"  # llama.cpp's choice, too
 
 
 class _ConfigFile(ServerSettings):

@@ -11,7 +11,8 @@ import llama_cpp
 from ..draft import DraftSpec
 from ..fingerprint import fingerprint
 from ..model_info import ModelInfo
-from .cache import cache_counts, make_cache
+from ..prefix_cache import PrefixCache
+from .cache import make_cache
 from .facts import ModelFacts
 from .model import Served, ServedDFlashLlama
 from .turns import Turns
@@ -74,6 +75,7 @@ class ModelCard:
             "dtype": str(mirror.dtype),
             "cap": mirror.cap,
             "window": llm.draft_window,
+            "rows": mirror.rows,
             "row_bytes": mirror.row_nbytes,
             "bytes": mirror.nbytes,
             "device": mirror.device.name,
@@ -92,6 +94,7 @@ class ServerState:
         not_ready: why requests are not answered; None: they are.
         facts: of each model that has been loaded, by alias.
         card: of the model that is loaded.
+        cache: its prefix cache.
     """
 
     def __init__(self, config: ServeConfig) -> None:
@@ -101,7 +104,7 @@ class ServerState:
         self.draining = False
         self.facts: dict[str, ModelFacts] = {}
         self.card: ModelCard | None = None
-        self._cache: Any = None
+        self.cache: PrefixCache | None = None
         self._lock = threading.Lock()
 
     def loaded(self, llm: Served) -> None:
@@ -112,14 +115,17 @@ class ServerState:
         if isinstance(llm, ServedDFlashLlama) and not llm.stats.draft_steps:
             self.not_ready = "no draft step has run: the context leaves no room for one"
             return
+        self.close()
         cache = make_cache(self.config, llm)
         if cache is not None:
             llm.set_cache(cache)
         with self._lock:
             self.facts[alias] = ModelFacts.of(llm)
             self.card = ModelCard.of(llm)
-            self._cache = cache
+            self.cache = cache
             self.not_ready = None
 
-    def cache_counts(self) -> dict[str, float]:
-        return cache_counts(self._cache)
+    def close(self) -> None:
+        """Write what the cache has not written yet."""
+        if self.cache is not None:
+            self.cache.close()

@@ -57,7 +57,7 @@ def test_routes_that_are_checked_are_those_that_there_are() -> None:
 
 def test_methods_that_are_overridden_are_those_that_are_called() -> None:
     """Signatures, and that llama_cpp.server reaches text by create_completion, which reaches it by generate and eval."""
-    for name in ("create_completion", "generate", "eval", "tokenize", "_init_sampler", "close"):
+    for name in ("create_completion", "generate", "eval", "tokenize", "detokenize", "_init_sampler"):
         assert hasattr(Llama, name) and name in vars(Served), name
     assert "self.create_completion(" in inspect.getsource(Llama.__call__)
     assert "self.generate(" in inspect.getsource(Llama._create_completion)

@@ -53,6 +53,8 @@ def test_every_field_with_every_value(route: str, server: ServerProcess) -> None
     cls, base = ROUTES[route]
     for field in (*cls.model_fields, *OURS):
         for value in VALUES:
+            if value is None and field in ("max_tokens", "max_completion_tokens"):
+                continue  # as many as fit
             response = server.post(route, {**base, field: value})
             what = f"{field}={value!r:.80}: {response.status_code} {response.text[:300]}"
             if response.status_code == 200:

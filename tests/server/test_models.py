@@ -124,10 +124,10 @@ def test_metrics(server: ServerProcess) -> None:
         'phase_seconds_total{phase="verify"}',
         'phase_seconds_total{phase="capture"}',
         'mirror_bytes{device="CPU",dtype="f32"} 2.63168e+06',
-        "cache_hits_total",
-        "cache_misses_total",
-        'cache_bytes{where="ram"}',
-        "cache_restore_seconds_total",
+        'cache_hits_total{tier="ram"} 0.0',
+        "cache_misses_total 0.0",
+        'cache_bytes{tier="disk"} 0.0',
+        'cache_restore_seconds_sum{tier="ram"} 0.0',
         "time_to_first_token_seconds_bucket",
     ):
         assert f"\nggml_mirror_{name}" in text, name

@@ -36,12 +36,22 @@ def test_defaults(fields: dict[str, Any]) -> None:
         "f32",
         "target.gguf",
     )
+    assert (model.feature_rows, model.draft_kv, model.chat_format) == ("raw", "f16", "chatml")
     _, (plain,) = read_settings({"model": fields["model"]})
     assert not plain.flash_attn
+    # llama.cpp's contexts are multiples of 256; 0 is the model's.
+    assert [read_settings({**fields, "n_ctx": n})[1][0].n_ctx for n in (0, 1, 300, 5000)] == [2048, 256, 512, 5120]
 
 
 def test_what_was_given_stands(fields: dict[str, Any]) -> None:
-    given = {"logits_all": True, "flash_attn": False, "verbose": True, "use_mlock": True, "n_gpu_layers": 0, "n_ctx": 0}
+    given = {
+        "logits_all": True,
+        "flash_attn": False,
+        "verbose": True,
+        "use_mlock": True,
+        "n_gpu_layers": 0,
+        "n_ctx": 768,
+    }
     server, (model,) = read_settings({**fields, **given, "interrupt_requests": True, "host": "::1"})
     assert {name: getattr(model, name) for name in given} == given
     assert server.interrupt_requests and server.host == "::1"
@@ -84,7 +94,7 @@ def test_config_file(kind: str, fields: dict[str, Any], tmp_path: Path, monkeypa
     path.write_text(json.dumps(content) if kind == "json" else yaml.safe_dump(content))
     server, (drafted, plain) = read_settings({"port": 99}, config_file=str(path))
     assert (server.host, server.port) == ("127.0.0.2", 99)  # a flag is closer than a file
-    assert (drafted.n_ctx, drafted.feature_dtype, drafted.draft_window, drafted.n_draft) == (128, "q8_0", 64, 3)
+    assert (drafted.n_ctx, drafted.feature_dtype, drafted.draft_window, drafted.n_draft) == (256, "q8_0", 64, 3)
     assert plain.model_draft is None and plain.n_ctx == 2048
     monkeypatch.setenv("CONFIG_FILE", str(path))
     assert read_settings({})[0].port == 1234
@@ -120,7 +130,7 @@ def test_environment(fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) ->
     server, (model,) = read_settings(fields)
     assert (model.n_ctx, server.port, model.feature_dtype) == (256, 4321, "bf16")
     server, (model,) = read_settings({**fields, "n_ctx": 128, "feature_dtype": "q8_0"})
-    assert (model.n_ctx, model.feature_dtype) == (128, "q8_0")
+    assert (model.n_ctx, model.feature_dtype) == (256, "q8_0")
 
 
 def test_what_cannot_be_is_refused_before_anything_is_loaded(fields: dict[str, Any]) -> None:
@@ -131,6 +141,7 @@ def test_what_cannot_be_is_refused_before_anything_is_loaded(fields: dict[str, A
         ({"model": draft, "model_draft": None}, ArgumentError, "with -md"),
         ({"feature_dtype": "q9_9"}, DtypeError, "q9_9"),
         ({"n_draft": 8}, ArgumentError, "1 to 7"),
+        ({"feature_rows": "cooked"}, ArgumentError, "cooked"),
         ({"draft_model": draft}, ArgumentError, "model_draft"),
         ({"draft_model": "prompt-lookup-decoding"}, ArgumentError, "not together"),
         ({"hf_model_repo_id": "a/b"}, ArgumentError, "file"),

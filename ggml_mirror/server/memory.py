@@ -1,0 +1,31 @@
+"""What a model will take of which device's memory, shown and kept to before it is loaded."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from ..budget import Budget, make_budget
+from ..errors import UnsupportedError
+from .log import log_budget
+
+_LOG = logging.getLogger("ggml_mirror.server")
+
+
+def require_room(model_path: str, **arguments: Any) -> Budget | None:
+    """The budget of a model, or None where llama.cpp does not tell it.
+
+    Args:
+        arguments: as for :func:`ggml_mirror.budget.make_budget`.
+
+    Raises:
+        BudgetError: it does not fit; nothing was allocated.
+    """
+    try:
+        budget = make_budget(model_path, **arguments)
+    except UnsupportedError as error:
+        _LOG.warning(f"no budget of memory: {error}")
+        return None
+    log_budget(budget)
+    budget.require_fit()
+    return budget
