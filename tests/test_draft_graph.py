@@ -39,7 +39,7 @@ class Bench:
         self.hook: Hook = Hook.of(self.llm)
         self.open = ExitStack()
 
-    def draft(self, path: Path, window: int = 400) -> Draft:
+    def draft(self, path: Path, window: int = 400, rows: str = "raw") -> Draft:
         draft = Draft(
             DraftSpec.read(path, self.info),
             n_vocab=self.llm.n_vocab(),
@@ -48,6 +48,7 @@ class Bench:
             device_index=self.hook.output_device().index,
             window=window,
             n_threads=1,
+            rows=rows,
         )
         self.open.callback(draft.close)
         return draft
@@ -140,6 +141,16 @@ def test_logits_are_those_of_llama_cpps_own_graph(kind: str, n_past: int, bench:
     got, context = step(draft, mirror, n_past)
     assert context == n_past
     assert_agree(got, oracle.logits(n_past, noise()))
+
+
+def test_tensors_that_are_read_in_several_pieces(bench: Bench, tmp_path: Path) -> None:
+    path = write_tiny_draft(
+        tmp_path / "draft.gguf", n_ff=70_001, n_layer=1, matrix_type="f32"
+    )  # 17 MiB each, no whole pieces
+    mirror, rows = bench.mirror(), rows_of(30)
+    mirror.write_rows(start=0, rows=rows)
+    got, _ = step(bench.draft(path), mirror, 30)
+    bench.assert_as_llama_cpp(got, path, 0, rows, 30)
 
 
 @pytest.mark.parametrize("fmt", DRAFT_FORMATS)
@@ -461,6 +472,18 @@ def test_a_draft_takes_what_was_announced_and_no_more_while_it_works(bench: Benc
             n_past += more
             step(draft, mirror, n_past, int(rng.integers(1, BLOCK)))
     assert draft.bytes == said
+
+
+def test_logits_stay_while_rows_are_fused(bench: Bench, plain: Path) -> None:
+    """Graphs share their scratch; what a step has given does not lie in it."""
+    draft, raw = bench.draft(plain, rows="fused"), bench.mirror()
+    fused = bench.open.enter_context(FeatureMirror(taps=1, n_embd=N_EMBD, cap=512, rows="fused", n_threads=1))
+    raw.write_rows(start=0, rows=rows_of(300))
+    draft.fuse(raw, fused, start=0, count=40)
+    logits, context = step(draft, fused, 40)
+    assert context == 40
+    draft.fuse(raw, fused, start=40, count=260)
+    np.testing.assert_array_equal(draft.logits(), logits)
 
 
 # ------------------------------------------------------------------------------------------------ bad input

@@ -279,7 +279,7 @@ typedef struct gm_draft_params {
 typedef struct gm_draft_bytes {
     uint64_t weights;
     uint64_t kv;               // keys and values of the window, derived from rows
-    uint64_t compute;          // scratch of the graphs
+    uint64_t compute;          // scratch of the graphs, and logits
 } gm_draft_bytes;
 
 typedef struct gm_draft_times {

@@ -131,13 +131,17 @@ void gm_draft::lay_out() {
         const auto    type  = ggml_type(params_.kv_type);
         kv_.push_back({ ggml_new_tensor_2d(kv_ctx_.get(), type, width, kv_slots_), ggml_new_tensor_2d(kv_ctx_.get(), type, width, kv_slots_) });
     }
-    const auto buft = ggml_backend_dev_buffer_type(main_.device);
+    logits_ctx_ = gm::Context(ggml_tensor_overhead());
+    logits_     = ggml_new_tensor_2d(logits_ctx_.get(), GGML_TYPE_F32, output_->ne[1], params_.block_size);
+
+    const auto     buft   = ggml_backend_dev_buffer_type(main_.device);
+    const uint64_t logits = ggml_backend_alloc_ctx_tensors_from_buft_size(logits_ctx_.get(), ggml_backend_dev_buffer_type(last().device));
     size_.weights   = ggml_backend_alloc_ctx_tensors_from_buft_size(weights_.ctx.get(), buft);
     size_.kv        = ggml_backend_alloc_ctx_tensors_from_buft_size(kv_ctx_.get(), buft);
 
     // Scratch is measured around tensors that have their memory: for that it is enough that they seem to.
     const auto seem = [&](void * data) {
-        for (const auto * ctx : { &weights_.ctx, &kv_ctx_, &stand_in_ctx_ }) {
+        for (const auto * ctx : { &weights_.ctx, &kv_ctx_, &logits_ctx_, &stand_in_ctx_ }) {
             if (ctx->get()) for_tensors(*ctx, [&](ggml_tensor * t) { t->data = data; });
         }
     };
@@ -153,6 +157,7 @@ void gm_draft::lay_out() {
     if (params_.fused_rows) size_.compute = std::max(size_.compute, scratch(build_fuse(kProjectRows), main_.device));
     if (head_.device) head_size_ = scratch(build_head(params_.block_size), head_.device);
     seem(nullptr);
+    (head_.device ? head_size_ : size_.compute) += logits;
 }
 
 void gm_draft::allocate() {
@@ -169,6 +174,8 @@ void gm_draft::allocate() {
     // A masked slot still enters sums with weight 0: it must hold no NaN.
     ggml_backend_buffer_clear(kv_buffer_.get(), 0);
     versions_.resize(size_t(kv_slots_));
+    logits_buffer_.reset(ggml_backend_alloc_ctx_tensors_from_buft(logits_ctx_.get(), ggml_backend_dev_buffer_type(last().device)));
+    if (!logits_buffer_) throw too_big(", but its allocator refused the logits");
 
     for (Place * p : { &main_, &head_ }) {
         if (!p->device) continue;
@@ -186,7 +193,8 @@ gm_draft_bytes gm_draft::total_size() const { return { size_.weights, size_.kv, 
 
 gm_draft_bytes gm_draft::bytes() const {
     const auto scratch = [](const Place & p) { return p.allocr ? ggml_gallocr_get_buffer_size(p.allocr.get(), 0) : 0; };
-    return { ggml_backend_buffer_get_size(weights_.buffer.get()), ggml_backend_buffer_get_size(kv_buffer_.get()), scratch(main_) + scratch(head_) };
+    return { ggml_backend_buffer_get_size(weights_.buffer.get()), ggml_backend_buffer_get_size(kv_buffer_.get()),
+             scratch(main_) + scratch(head_) + ggml_backend_buffer_get_size(logits_buffer_.get()) };
 }
 
 int64_t gm_draft::most_project_rows() const { return std::min(kProjectRows, params_.window); }
@@ -396,6 +404,8 @@ int64_t gm_draft::step(gm_mirror & mirror, int64_t n_past, int32_t last_token, i
     std::vector<int32_t> best(static_cast<size_t>(n));
     ggml_backend_tensor_get(head->argmax, best.data(), 0, best.size() * sizeof(int32_t));
     for (int64_t i = 1; i < n; ++i) {
+        // Some backends find no largest logit where none is a number.
+        if (best[size_t(i)] < 0 || best[size_t(i)] >= output_->ne[1]) throw error(GM_ERR_BACKEND, "the draft's logits are not numbers");
         tokens[i - 1] = weights_.target_token.empty() ? best[size_t(i)] : int32_t(weights_.target_token[size_t(best[size_t(i)])]);
     }
     last_logits_ = head->logits;
@@ -429,7 +439,10 @@ gm_status gm_draft_size_of(const gm_draft_params * params, gm_draft_bytes * byte
 }
 
 gm_status gm_draft_new(const gm_draft_params * params, gm_draft ** out) {
-    return gm::guard([&] { gm::required(out, "out") = new gm_draft(gm::required(params, "params")); });
+    return gm::guard([&] {
+        gm_draft *& made = gm::required(out, "out");
+        made             = new gm_draft(gm::required(params, "params"));
+    });
 }
 
 void gm_draft_free(gm_draft * draft) {
@@ -438,8 +451,8 @@ void gm_draft_free(gm_draft * draft) {
 
 gm_status gm_draft_step(gm_draft * draft, gm_mirror * mirror, int64_t n_past, int32_t last_token, int32_t n_tokens, int32_t * tokens, int64_t * n_context) {
     return gm::guard([&] {
-        gm::required(n_context, "n_context") =
-            gm::required(draft, "draft").step(gm::required(mirror, "mirror"), n_past, last_token, n_tokens, &gm::required(tokens, "tokens"));
+        int64_t & context = gm::required(n_context, "n_context");
+        context           = gm::required(draft, "draft").step(gm::required(mirror, "mirror"), n_past, last_token, n_tokens, &gm::required(tokens, "tokens"));
     });
 }
 

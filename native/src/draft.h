@@ -63,6 +63,7 @@ struct gm_draft {
     void           lay_out();
     void           allocate();
     gm_draft_bytes total_size() const;
+    Place &        last() { return head_.device ? head_ : main_; }  // where logits come out
 
     // draft_graphs.cpp
     Graph build_fuse(int64_t n);
@@ -76,6 +77,7 @@ struct gm_draft {
 
     ggml_tensor * norm(ggml_context * ctx, ggml_tensor * x, ggml_tensor * weight) const;
     ggml_tensor * fuse(ggml_context * ctx, ggml_tensor * rows) const;
+    ggml_tensor * head(ggml_context * ctx, ggml_tensor * hidden) const;
     ggml_tensor * rope(ggml_context * ctx, ggml_tensor * x, ggml_tensor * positions) const;
     ggml_tensor * key(ggml_context * ctx, const gm::DraftLayer & l, ggml_tensor * x, ggml_tensor * positions) const;
     ggml_tensor * value(ggml_context * ctx, const gm::DraftLayer & l, ggml_tensor * x) const;
@@ -119,6 +121,9 @@ struct gm_draft {
     uint64_t                graphs_made_ = 0;
     std::map<int64_t, Graph>                     fuse_graphs_, project_graphs_, head_graphs_;
     std::map<std::pair<int64_t, int64_t>, Graph> block_graphs_;
+    gm::Context             logits_ctx_;
+    ggml_backend_buffer_ptr logits_buffer_;
+    ggml_tensor *           logits_ = nullptr;  // F32 [n_output, block_size], where the output matrix lies
     std::vector<uint16_t>   mask_data_;
     ggml_tensor *           last_logits_ = nullptr;
 };

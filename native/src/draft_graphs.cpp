@@ -69,6 +69,14 @@ void gm_draft::finish(Graph & g, const Place & p) const {
     }
 }
 
+// Hidden states -> logits, where no other graph puts anything: they can be asked for until the next step.
+ggml_tensor * gm_draft::head(ggml_context * ctx, ggml_tensor * hidden) const {
+    ggml_tensor * logits = ggml_mul_mat(ctx, output_, hidden);
+    logits->data         = logits_->data;
+    logits->buffer       = logits_->buffer;
+    return logits;
+}
+
 // Raw rows -> what all layers read of them.
 ggml_tensor * gm_draft::fuse(ggml_context * ctx, ggml_tensor * rows) const {
     return norm(ctx, ggml_mul_mat(ctx, weights_.fc, rows), weights_.hidden_norm);
@@ -160,9 +168,8 @@ gm_draft::Graph gm_draft::build_block(int64_t n, int64_t n_kv) {
     g.hidden = norm(ctx, x, weights_.output_norm);
     ggml_set_output(g.hidden);
     if (!head_.device) {
-        g.logits = ggml_mul_mat(ctx, output_, g.hidden);
+        g.logits = head(ctx, g.hidden);
         g.argmax = ggml_argmax(ctx, g.logits);
-        ggml_set_output(g.logits);
         ggml_set_output(g.argmax);
         ggml_build_forward_expand(g.graph, g.argmax);
     }
@@ -192,9 +199,8 @@ gm_draft::Graph gm_draft::build_move(int64_t shift, int64_t count) {
 gm_draft::Graph gm_draft::build_head(int64_t n) {
     Graph g  = empty_graph(nodes_of(0));
     g.hidden = input(ggml_new_tensor_2d(g.ctx.get(), GGML_TYPE_F32, params_.n_embd, n), "hidden");
-    g.logits = ggml_mul_mat(g.ctx.get(), output_, g.hidden);
+    g.logits = head(g.ctx.get(), g.hidden);
     g.argmax = ggml_argmax(g.ctx.get(), g.logits);
-    ggml_set_output(g.logits);
     ggml_set_output(g.argmax);
     ggml_build_forward_expand(g.graph, g.argmax);
     finish(g, head_);

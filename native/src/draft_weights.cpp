@@ -2,6 +2,7 @@
 
 #include "gguf.h"
 
+#include <algorithm>
 #include <cstdio>
 #include <cstring>
 #include <memory>
@@ -9,6 +10,8 @@
 namespace gm {
 
 namespace {
+
+constexpr size_t kPiece = size_t(4) << 20;  // of a tensor that is read at a time
 
 struct GgufDeleter {
     void operator()(gguf_context * gguf) const { gguf_free(gguf); }
@@ -45,8 +48,11 @@ class DraftFile {
     }
 
     void read(const ggml_tensor * t, void * data) const {
-        const bool whole = fseeko(file_.get(), off_t(offset(t)), SEEK_SET) == 0 && fread(data, 1, ggml_nbytes(t), file_.get()) == ggml_nbytes(t);
-        if (!whole) throw truncated(t);
+        read(t, 0, ggml_nbytes(t), data);
+    }
+
+    void read(const ggml_tensor * t, size_t from, size_t size, void * data) const {
+        if (fseeko(file_.get(), off_t(offset(t) + from), SEEK_SET) != 0 || fread(data, 1, size, file_.get()) != size) throw truncated(t);
     }
 
     const gm_draft_params & p;
@@ -173,11 +179,13 @@ bool DraftWeights::load(ggml_backend_dev_t device) {
     buffer.reset(ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), ggml_backend_dev_buffer_type(device)));
     if (!buffer) return false;
     ggml_backend_buffer_set_usage(buffer.get(), GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
-    std::vector<uint8_t> data;
+    std::vector<uint8_t> piece(kPiece);
     for (ggml_tensor * t = ggml_get_first_tensor(ctx.get()); t; t = ggml_get_next_tensor(ctx.get(), t)) {
-        data.resize(ggml_nbytes(t));
-        file->read(t, data.data());
-        ggml_backend_tensor_set(t, data.data(), 0, data.size());
+        for (size_t from = 0, size; from < ggml_nbytes(t); from += size) {
+            size = std::min(kPiece, ggml_nbytes(t) - from);
+            file->read(t, from, size, piece.data());
+            ggml_backend_tensor_set(t, piece.data(), from, size);
+        }
     }
     file.reset();
     return true;
