@@ -46,7 +46,8 @@ def validate(cls: type[BaseModel], body: dict[str, Any]) -> Any:
 
 def of_validation_error(errors: Iterable[Any], body: Any = None) -> RequestError:
     """The one of pydantic's errors that leads deepest into the request: alternatives of a union each add some."""
-    best = max(errors, key=lambda e: len(_path(e["loc"], body)))
+    # Of those, the alternatives that were not meant say that another literal (a role, a type) was expected.
+    best = max(errors, key=lambda e: (len(_path(e["loc"], body)), e["type"] != "literal_error"))
     path = _path(best["loc"], body)
     param = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path).lstrip(".")
     return RequestError(f"{param or 'body'}: {best['msg']}", param=param or None)

@@ -29,8 +29,8 @@ def check_messages(body: dict[str, Any], facts: ModelFacts) -> None:
             raise bad(f"{at}.role", f"one of {', '.join(_ROLES)} was expected")
         if role == "developer":
             message["role"] = "system"
-        if message.get("tool_calls", 0) is None:
-            del message["tool_calls"]
+        # OpenAI's clients send an answer back as they got it.
+        messages[i] = message = {name: value for name, value in message.items() if value is not None}
         if message.get("content") is None:
             if role == "user":
                 raise bad(f"{at}.content", "text was expected")

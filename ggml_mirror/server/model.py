@@ -15,6 +15,7 @@ import llama_cpp
 from llama_cpp import Llama
 from llama_cpp.llama_tokenizer import LlamaTokenizer
 
+from ..cached_llama import CachedLlama
 from ..dflash import DFlashLlama
 from ..draft_stats import DraftStats
 from ..plain_llama import PlainLlama
@@ -166,7 +167,7 @@ class Served(Llama):
         return GuardedSampler(super()._init_sampler(*args, **options), self._n_vocab)
 
 
-class ServedLlama(Served, PlainLlama):
+class ServedLlama(Served, PlainLlama, CachedLlama):
     """A target that is served plainly."""
 
     def __init__(self, model_path: str, **options: Any) -> None:
