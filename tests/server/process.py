@@ -18,6 +18,9 @@ from typing import Any
 import httpx
 import openai
 
+#: With F32 weights, texts do not depend on how tokens are cut into batches: see tests/dflash/pair.py.
+EXACT = ("-fa", "off", "-ctk", "f32", "-ctv", "f32")
+
 _START = "from ggml_mirror.cli import main; main()"
 
 
@@ -28,8 +31,11 @@ class ServerProcess:
         lines: what it has logged, so far.
     """
 
-    def __init__(self, *flags: object, ready: bool = True, threads: bool = True, **environment: str) -> None:
+    def __init__(
+        self, *flags: object, ready: bool = True, threads: bool = True, exact: bool = True, **environment: str
+    ) -> None:
         own = ["-t", "1", "-tb", "1"] if threads else []
+        own += EXACT if threads and exact else ()
         command = [sys.executable, "-c", _START, "serve", "--port", "0", *own, *map(str, flags)]
         env = {name: value for name, value in os.environ.items() if name not in ("LLAMA_API_KEY", "CONFIG_FILE")}
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**env, **environment})
@@ -116,5 +122,5 @@ def write_tiny_pair(folder: Path) -> tuple[Path, Path]:
     """A random target and a draft for it, of a few hundred kilobytes."""
     from tiny_models import write_tiny_draft, write_tiny_model
 
-    target = write_tiny_model(folder / "target.gguf", "llama", n_embd=64, n_ctx=2048)
+    target = write_tiny_model(folder / "target.gguf", "llama", n_embd=64, n_ctx=2048, matrix_type="f32")
     return target, write_tiny_draft(folder / "draft.gguf", n_embd=64)

@@ -40,7 +40,9 @@ def chat(server: ServerProcess, messages: list[Any], **options: Any) -> dict[str
 def calling(demo_target: Path) -> Iterator[ServerProcess]:
     """With the chat format that lets any chatml model call functions."""
     draft = Path(__file__).parents[2] / "models" / "smollm2-135m-instruct-dflash-q8_0.gguf"
-    with ServerProcess("-m", demo_target, "-md", draft, "--chat-format", "chatml-function-calling") as server:
+    with ServerProcess(
+        "-m", demo_target, "-md", draft, "--chat-format", "chatml-function-calling", exact=False
+    ) as server:
         yield server
 
 

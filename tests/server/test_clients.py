@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import llama_cpp
 import pytest
 from llama_cpp import Llama
 
@@ -44,7 +45,8 @@ def test_demo_pair(check: Any, demo_server: ServerProcess) -> None:
 def test_texts_are_those_of_a_plain_llama(
     sampling: dict[str, Any], server: ServerProcess, tiny: tuple[Path, Path]
 ) -> None:
-    plain = Llama(str(tiny[0]), n_ctx=2048, n_threads=1, n_threads_batch=1, flash_attn=True, verbose=False)
+    f32 = llama_cpp.GGML_TYPE_F32
+    plain = Llama(str(tiny[0]), n_ctx=2048, n_threads=1, n_threads_batch=1, type_k=f32, type_v=f32, verbose=False)
     options = {"max_tokens": 64, "repeat_penalty": 1.0, **sampling}
     for prompt in ("The sea", "def f(x):", "A" * 200):
         expected = plain(prompt, **options)["choices"][0]["text"]
