@@ -28,7 +28,7 @@ from .model_info import ModelInfo
 from .prompt_grid import PromptGrid
 from .rollback import Rollback, first_cut, wants_snapshots
 from .row_kind import FUSED, RAW, parse_rows
-from .sequence_state import last_logits, put_sequence, sample_logits, take_sequence
+from .sequence_state import last_logits, put_sequence, sample_kept, take_sequence
 from .snapshot import Snapshot
 
 #: Context rows that the draft attends to unless told otherwise.
@@ -502,7 +502,7 @@ class _Decoder:
     def sample(self) -> int:
         started = time.perf_counter()
         if self.kept_logits is not None:
-            token = sample_logits(self.sampler.sampler, self.kept_logits)
+            token = sample_kept(self.sampler, self.kept_logits)
             self.kept_logits = None
         else:
             token = self.sampler.sample(self.llm._ctx, self.row)

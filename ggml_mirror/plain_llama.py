@@ -7,13 +7,14 @@ from collections.abc import Generator, Sequence
 from typing import Any
 
 import numpy as np
-from llama_cpp import Llama, LlamaState
+from llama_cpp import LlamaState
 
+from .cached_llama import CachedLlama
 from .capture import put_state, take_state
 from .draft_stats import DraftStats
 
 
-class PlainLlama(Llama):
+class PlainLlama(CachedLlama):
     """A ``Llama`` that counts as a ``DFlashLlama`` does; its ``stats`` know no draft."""
 
     stats = DraftStats()

@@ -8,6 +8,7 @@ from typing import Any
 import llama_cpp
 import numpy as np
 import numpy.typing as npt
+from llama_cpp._internals import LlamaSampler
 
 from .capture import SEQUENCE
 from .errors import CaptureError
@@ -52,19 +53,35 @@ def last_logits(ctx: Any, n_vocab: int) -> npt.NDArray[np.float32]:
     return np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(ctx, -1), shape=(1, n_vocab)).copy()
 
 
-def sample_logits(sampler: Any, logits: npt.NDArray[np.float32]) -> int:
-    """Let a chain of samplers choose a token, as ``llama_sampler_sample`` does from a context's own logits.
+class KeptLogits:
+    """In place of a ``LlamaContext``, for samplers that ask one for logits.
 
     Args:
-        sampler: address of the chain.
         logits: float32 ``[1, n_vocab]``.
     """
+
+    def __init__(self, logits: npt.NDArray[np.float32]) -> None:
+        self._logits = np.ascontiguousarray(logits)
+
+    def get_logits_ith(self, i: int) -> Any:
+        """Their address."""
+        return self._logits.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+
+
+def sample_kept(sampler: Any, logits: npt.NDArray[np.float32]) -> int:
+    """What ``sampler.sample`` would choose from a context with these logits, float32 ``[1, n_vocab]``."""
+    if not isinstance(sampler, LlamaSampler):
+        chosen: int = sampler.sample(KeptLogits(logits), -1)
+        return chosen
+    # This one is native from the context on: what llama_sampler_sample does, but for where it has the logits from.
     data = np.zeros(logits.size, _token_data)
     data["id"], data["logit"] = np.arange(logits.size), logits.ravel()
     candidates = llama_cpp.llama_token_data_array(
         data=data.ctypes.data_as(llama_cpp.llama_token_data_p), size=len(data), selected=-1, sorted=False
     )
-    llama_cpp.llama_sampler_apply(sampler, ctypes.byref(candidates))
-    token = int(data["id"][candidates.selected])
-    llama_cpp.llama_sampler_accept(sampler, token)
+    llama_cpp.llama_sampler_apply(sampler.sampler, ctypes.byref(candidates))
+    if not 0 <= candidates.selected < candidates.size:
+        raise RuntimeError("llama.cpp's samplers chose no token")
+    token = int(candidates.data[candidates.selected].id)  # of the array as it is now: samplers may exchange it
+    llama_cpp.llama_sampler_accept(sampler.sampler, token)
     return token

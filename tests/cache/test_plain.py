@@ -13,6 +13,7 @@ from dflash.pair import _EXACT, N_CTX, TARGETS, Pair, take, tokens_of
 from llama_cpp import Llama
 
 from ggml_mirror import CachedLlama, FeatureMirror, PrefixCache, capture
+from ggml_mirror.plain_llama import PlainLlama
 
 from .test_warm import NEXT, PROMPT
 
@@ -145,6 +146,16 @@ def test_a_class_with_its_own_generate_sees_the_prompt_evaluated(pair: Pair) -> 
     assert llm.evaluated == len(PROMPT)
     assert take(reset(llm), PROMPT, 1) == first and llm.evaluated == len(PROMPT) - 64
     assert llm.cache.counters.hits == {"ram": 1}
+
+
+def test_counts_of_a_plain_llama_that_counts(pair: Pair) -> None:
+    arch, own, _ = TARGETS["llama"]
+    llm = PlainLlama(pair.target(arch), **{"n_ctx": N_CTX, **_EXACT, **own})
+    llm.set_cache(PrefixCache(llm))
+    for reused in (0, 64):
+        take(reset(llm), PROMPT, 3)
+        assert (llm.stats.prompt_tokens, llm.stats.prefix_reused, llm.stats.tokens) == (150, reused, 3)
+        assert llm.stats.prefill_s > 0
 
 
 @pytest.mark.parametrize("closed", [True, False])

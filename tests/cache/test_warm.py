@@ -9,6 +9,7 @@ import pytest
 from dflash.pair import BLOCK, Pair, tokens_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from llama_cpp import LlamaGrammar
 
 from ggml_mirror import PrefixCache
 from ggml_mirror.dflash import DFlashLlama
@@ -166,6 +167,30 @@ def test_penalties_and_processors_see_the_prompt(pair: Pair) -> None:
     expected = answer(cold)
     assert [answer(llm) for _ in range(2)] == [expected] * 2
     assert llm.cache.counters.hits == {"ram": 1}
+
+
+@pytest.mark.parametrize("guarded", [False, True])
+def test_a_grammar_starts_with_the_first_token(guarded: bool, pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which comes from kept logits; through llama_cpp's own sampler, and through the server's, which asks a context for them."""
+    options = pair_options(pair, None)
+    cold, llm = pair.dflash(**options), pair.dflash(**options)
+    llm.set_cache(PrefixCache(llm))
+    if guarded:
+        sampling = pytest.importorskip("ggml_mirror.server.sampling")
+        init = DFlashLlama._init_sampler
+        monkeypatch.setattr(
+            DFlashLlama, "_init_sampler", lambda self, **o: sampling.GuardedSampler(init(self, **o), self._n_vocab)
+        )
+    grammar = LlamaGrammar.from_string('root ::= "xy" [a-f]+')
+
+    def answer(model: DFlashLlama) -> str:
+        model.reset()
+        text: str = model.create_completion(PROMPT, max_tokens=12, temperature=0, grammar=grammar)["choices"][0]["text"]
+        return text
+
+    expected = answer(cold)
+    assert expected.startswith("xy") and [answer(llm) for _ in range(3)] == [expected] * 3
+    assert llm.cache.counters.hits == {"ram": 2}
 
 
 def test_logprobs_of_prompt_and_completion(pair: Pair) -> None:
