@@ -49,6 +49,7 @@ from ggml_mirror.output import check_writable, write_json
 
 N_CTX = 512
 START_S = 120.0
+SAMPLING: dict[str, float] = {"temperature": 0.0, "repeat_penalty": 1.0}  # a server has defaults of its own
 
 
 @dataclass
@@ -99,7 +100,7 @@ def _model(setup: Setup) -> DFlashLlama:
 
 
 def _answer(llm: DFlashLlama, setup: Setup, number: int) -> Answer:
-    made: Any = llm.create_completion(setup.prompts[number], max_tokens=setup.n_predict, temperature=0)
+    made: Any = llm.create_completion(setup.prompts[number], max_tokens=setup.n_predict, **SAMPLING)
     return Answer(number, made["choices"][0]["text"], list(llm.stats.steps))
 
 
@@ -168,8 +169,19 @@ class Server:
             port = s.getsockname()[1]
         self._url = f"http://127.0.0.1:{port}"
         self._log = tempfile.TemporaryFile("w+", errors="replace")
-        command = [sys.executable, "-m", "ggml_mirror.cli", "serve", "-m", setup.model, "-md", setup.draft]
-        command += ["--feature-dtype", setup.dtype, "-c", str(N_CTX), "-t", str(setup.threads), "--host", "127.0.0.1"]
+        command = [sys.executable, "-c", "from ggml_mirror.cli import main; main()", "serve", "-m", setup.model]
+        command += [
+            "-md",
+            setup.draft,
+            "--feature-dtype",
+            setup.dtype,
+            "-c",
+            str(N_CTX),
+            "-t",
+            str(setup.threads),
+            "--host",
+            "127.0.0.1",
+        ]
         command += [
             "--port",
             str(port),
@@ -178,7 +190,7 @@ class Server:
             "--cache-disk",
             setup.directory,
         ]
-        command += ["--cache-disk-max", str(setup.disk_bytes)]
+        command += ["--cache-disk-max", f"{setup.disk_bytes / 2**20}MiB"]
         self.process = subprocess.Popen(command, stdout=self._log, stderr=subprocess.STDOUT)
         self._client = threading.Thread(target=self._ask, daemon=True)
         self._client.start()
@@ -192,7 +204,7 @@ class Server:
         while not self._ended:
             number = self._order.randrange(len(self._setup.prompts))
             self.lines.put({"begun": number})
-            body = {"prompt": self._setup.prompts[number], "max_tokens": self._setup.n_predict, "temperature": 0}
+            body = {"prompt": self._setup.prompts[number], "max_tokens": self._setup.n_predict, **SAMPLING}
             try:
                 made = json.loads(self._get("/v1/completions", body))
                 answer = Answer(number, made["choices"][0]["text"], None)
@@ -217,7 +229,9 @@ class Server:
             return {}
         lines = [line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#")]
         skipped = {name: float(value) for name, value in lines if "cache" in name and "skipped" in name}
-        hits = {name: float(value) for name, value in lines if name.startswith("ggml_mirror_cache_hits_total")}
+        hits = {
+            name.split('"')[1]: float(value) for name, value in lines if name.startswith("ggml_mirror_cache_hits_total")
+        }
         return {"skipped": {k: v for k, v in skipped.items() if v}, "hits": hits}
 
     def _get(self, path: str, body: dict[str, Any] | None = None) -> str:
@@ -340,7 +354,7 @@ def _judge(said: list[dict[str, Any]], expected: list[Answer], report: Report, w
     damaged = {name: n for name, n in counters.get("skipped", {}).items() if n}
     if damaged:
         report.problems.append(f"{where}: files were skipped: {damaged}")
-    report.hits.update({name: int(n) for name, n in counters.get("hits", {}).items()})
+    report.hits.update({name: int(n) for name, n in counters.get("hits", {}).items() if n})
     report.abandoned += counters.get("abandoned", 0)
 
 
