@@ -54,14 +54,15 @@ class ServedProxy(LlamaProxy):
 
     Attributes:
         on_load: called with each model that was loaded, before it serves.
-        failed: called with the alias of a model that could not be loaded; none is loaded then.
+        cache_ram: bytes that a cache of it may take.
     """
 
     on_load: Callable[[Served], None]
+    cache_ram: int
 
     def load_llama_from_model_settings(self, settings: ServedModelSettings) -> Served:  # type: ignore[override]
         real = model_module.llama_cpp
-        model_module.llama_cpp = _LlamaCpp(served_class(settings))
+        model_module.llama_cpp = _LlamaCpp(served_class(settings, self.cache_ram))
         try:
             with explained(settings.model, settings.n_ctx, verbose=settings.verbose):
                 llm: Any = LlamaProxy.load_llama_from_model_settings(settings)
@@ -110,13 +111,13 @@ class ServedProxy(LlamaProxy):
 
 
 def create_app(
-    server: ServerSettings, models: list[ServedModelSettings], on_load: Callable[[Served], None]
+    server: ServerSettings, models: list[ServedModelSettings], on_load: Callable[[Served], None], *, cache_ram: int = 0
 ) -> tuple[FastAPI, ServedProxy]:
     """llama_cpp.server's application over models of ours. Loads the first."""
 
     def proxy(models: list[ServedModelSettings]) -> ServedProxy:
         made = ServedProxy.__new__(ServedProxy)
-        made.on_load = on_load
+        made.on_load, made.cache_ram = on_load, cache_ram
         made.__init__(models)  # type: ignore[misc]
         return made
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Generator, Sequence
+from contextlib import ExitStack
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -32,11 +33,22 @@ _WARM_UP_TOKENS = 3  # the first is the prompt's, the second needs a draft step
 
 
 class Served(Llama):
-    """A Llama that answers requests. Bind ``settings`` in a subclass (:func:`served_class`) before making one."""
+    """A Llama that answers requests. Bind ``settings`` and ``cache_ram`` in a subclass (:func:`served_class`) before making one."""
 
     settings: ServedModelSettings
+    cache_ram: int
     stats: DraftStats
     _pieces: dict[tuple[int, bool], bytes]
+
+    def __init__(self, model_path: str, **options: Any) -> None:
+        self._stack = ExitStack()  # Llama closes it, also if what comes before its own __init__ raises
+        super().__init__(model_path, **self._arguments(model_path, options))
+        self._pieces = {}
+        _check_chat_format(self)
+
+    def _arguments(self, model_path: str, options: dict[str, Any]) -> dict[str, Any]:
+        """What the model is made with, if there is room for it."""
+        raise NotImplementedError
 
     def create_completion(self, prompt: str | list[int], **options: Any) -> Any:  # type: ignore[override]
         """As ``Llama.create_completion``, within the limits of the server and for the request that runs."""
@@ -170,20 +182,19 @@ class Served(Llama):
 class ServedLlama(Served, PlainLlama, CachedLlama):
     """A target that is served plainly."""
 
-    def __init__(self, model_path: str, **options: Any) -> None:
+    def _arguments(self, model_path: str, options: dict[str, Any]) -> dict[str, Any]:
         if self.settings.hf_model_repo_id is None and self.settings.no_text is None:
-            require_room(model_path, **options)
-        super().__init__(model_path, **options)
-        _settle_in(self)
+            require_room(model_path, self.cache_ram, **options)
+        return options
 
 
 class ServedDFlashLlama(Served, DFlashLlama):
     """A target that is drafted for."""
 
-    def __init__(self, model_path: str, **options: Any) -> None:
+    def _arguments(self, model_path: str, options: dict[str, Any]) -> dict[str, Any]:
         settings = self.settings
         options.pop("draft_model", None)  # llama_cpp.server's own drafting, which is off
-        drafting: dict[str, Any] = {
+        options |= {
             "draft_path": settings.model_draft,
             "feature_dtype": settings.feature_dtype,
             "draft_window": settings.draft_window,
@@ -192,22 +203,16 @@ class ServedDFlashLlama(Served, DFlashLlama):
             "feature_rows": settings.feature_rows,
             "draft_kv": settings.draft_kv,
         }
-        budget = require_room(model_path, memory_margin=settings.memory_margin, **drafting, **options)
+        budget = require_room(model_path, self.cache_ram, memory_margin=settings.memory_margin, **options)
         if budget is not None:
-            drafting["feature_dtype"] = budget.dtype  # what "auto" came to
-        super().__init__(model_path, **drafting, **options)
-        _settle_in(self)
+            options["feature_dtype"] = budget.dtype  # what "auto" came to
+        return options
 
 
-def served_class(settings: ServedModelSettings) -> type[Served]:
+def served_class(settings: ServedModelSettings, cache_ram: int = 0) -> type[Served]:
     """The class that llama_cpp.server is to make the model of these settings with."""
     base = ServedDFlashLlama if settings.model_draft else ServedLlama
-    return type(base.__name__, (base,), {"settings": settings})
-
-
-def _settle_in(llm: Served) -> None:
-    llm._pieces = {}
-    _check_chat_format(llm)
+    return type(base.__name__, (base,), {"settings": settings, "cache_ram": cache_ram})
 
 
 def _check_chat_format(llm: Served) -> None:

@@ -102,7 +102,9 @@ class Run:
 
     def _load(self) -> None:
         try:
-            app, self.proxy = create_app(self.config.server, self.config.models, self.state.loaded)
+            app, self.proxy = create_app(
+                self.config.server, self.config.models, self.state.loaded, cache_ram=self.config.cache_ram or 0
+            )
             self.front.inner = Gate(
                 app,
                 self.proxy,
