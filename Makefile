@@ -9,6 +9,7 @@ MODEL =
 DRAFT =
 MARKERS = not gpu and not soak
 PYTEST_ARGS =
+ARGS =
 
 py := $(VENV)/bin/python
 demo_draft := models/smollm2-135m-instruct-dflash-q8_0.gguf
@@ -16,12 +17,12 @@ demo_target = $$($(py) scripts/setup/demo_target.py)
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help env demo test soak lint sanitize clean
+.PHONY: help env demo serve test soak lint sanitize clean
 
 help: ## List the targets and their variables
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /  make \1\t/' | expand -t 18
 	@echo
-	@echo 'Variables: PYTHON=python3  VENV=.venv  MODEL=FILE.gguf DRAFT=FILE.gguf (demo)  PYTEST_ARGS="-k ring -x" (test, sanitize)'
+	@echo 'Variables: PYTHON=python3  VENV=.venv  MODEL=FILE.gguf DRAFT=FILE.gguf (demo)  PYTEST_ARGS="-k ring -x" (test, sanitize)  ARGS="--port 9000" (serve)'
 
 env: ## Create or update the virtual environment, with the package installed in place
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: pass PYTHON=")'
@@ -34,6 +35,10 @@ demo: env ## Probe a real model (bytes, noise and speed of every dtype), then dr
 	[ -z "$$draft" ] || $(py) scripts/ab_humaneval.py -m "$$model" -md "$$draft" --prompts 3 --style raw -n 64 --plain \
 		--max-acceptance-drop 10 \
 		--json build/demo/ab.json --plot build/demo/ab.png
+
+serve: env ## Serve OpenAI's API on http://127.0.0.1:8000, drafting with the demo pair (ARGS="--port 9000 --feature-dtype bf16")
+	@set -e; model='$(MODEL)'; draft='$(DRAFT)'; [ -n "$$model" ] || { model="$(demo_target)"; draft='$(demo_draft)'; }; \
+	exec $(VENV)/bin/ggml-mirror serve -m "$$model" $${draft:+-md "$$draft"} --feature-dtype q8_0 $(ARGS)
 
 test: env ## Run all tests that need no GPU (but for `make soak`, long repetitions of some)
 	@set -e; GGML_MIRROR_DEMO_TARGET="$(demo_target)"; export GGML_MIRROR_DEMO_TARGET; \
