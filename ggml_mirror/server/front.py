@@ -30,6 +30,7 @@ _QUIET = (*_PUBLIC, "/metrics", "/props")  # polled; logged with --verbose only
 #: Paths that are labels of metrics; all else, which a client may choose freely, is "other".
 _COUNTED = frozenset((*ROUTES, *_QUIET, "/v1/models"))
 
+_REQUEST_ID = b"x-request-id"
 _LOCAL_ORIGIN = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
 
 
@@ -68,13 +69,15 @@ class Front:
         if scope["type"] != "http":
             return  # uvicorn's lifespan is off, and there are no websockets
         path = str(scope["path"]).removeprefix(self._root_path) or "/"
-        request = ServedRequest(id=uuid.uuid4().hex, path=path)
+        request = ServedRequest(id=_request_id(scope), path=path)
         scope["ggml_mirror.request"] = request
         account = _Account(request, scope, self.metrics)
 
         async def watched(message: Message) -> None:
             if message["type"] == "http.response.start":
                 account.status = message["status"]
+                headers = [header for header in message["headers"] if header[0].lower() != _REQUEST_ID]
+                message = {**message, "headers": [*headers, (_REQUEST_ID, request.id.encode())]}
             elif not message.get("more_body"):
                 account.close()  # before the client knows that it has all: who reads the metrics then finds this request in them
             await send(message)
@@ -150,6 +153,18 @@ def with_cors(app: Front, origins: str) -> Any:
     if origins == "localhost":
         where = {"allow_origin_regex": _LOCAL_ORIGIN}
     return CORSMiddleware(app, allow_methods=["*"], allow_headers=["*"], **where)
+
+
+def _request_id(scope: Scope) -> str:
+    """The client's X-Request-ID if that is a UUID, else one of our own. The application is shown only what it takes."""
+    given = dict(scope["headers"]).get(_REQUEST_ID, b"")
+    try:
+        made = uuid.UUID(given.decode("ascii"))
+    except ValueError:
+        made = uuid.uuid4()
+    headers = [header for header in scope["headers"] if header[0] != _REQUEST_ID]
+    scope["headers"] = [*headers, (_REQUEST_ID, made.hex.encode())]
+    return made.hex
 
 
 def _of_error(error: RequestError) -> JSONResponse:

@@ -23,7 +23,7 @@ def start_log(*, as_json: bool, verbose: bool) -> None:
     handler.setFormatter(_Json() if as_json else _Text())
     for name, level in (
         ("ggml_mirror.server", logging.DEBUG if verbose else logging.INFO),
-        ("uvicorn", logging.WARNING),
+        ("uvicorn", logging.ERROR),
     ):
         logger = logging.getLogger(name)
         logger.handlers[:] = [handler]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 
@@ -135,9 +134,15 @@ def test_paths_in_requests_reach_no_file(server: ServerProcess, tmp_path: Path) 
 @pytest.mark.parametrize("name", ["X-Request-ID", "X-Forwarded-For", "User-Agent"])
 def test_headers_are_not_believed(name: str, server: ServerProcess) -> None:
     start = len(server.lines)
-    value = "evil 2026-01-01 INFO request status=200" + "x" * 500
-    response = server.http.get("/v1/models", headers={name: value})
-    assert response.status_code in (200, 400)
-    server.wait_for("/v1/models", after=start)
+    response = server.http.get("/v1/models", headers={name: "evil 2026-01-01 INFO request status=200" + "x" * 500})
+    assert response.status_code == 200
+    line = server.wait_for("/v1/models", after=start)
     assert not any("evil" in line for line in server.lines[start:])
-    json.loads(response.text) if response.status_code == 200 else None
+    assert f"id={response.headers['X-Request-ID']} " in line
+
+
+def test_a_request_id_of_the_client_is_kept(server: ServerProcess) -> None:
+    given = "12345678-1234-5678-1234-567812345678"
+    for path in ("/v1/models", "/health", "/nothing"):
+        answer = server.http.get(path, headers={"X-Request-ID": given})
+        assert answer.headers["X-Request-ID"] == given.replace("-", "")
