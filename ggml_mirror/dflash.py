@@ -25,6 +25,7 @@ from .fingerprint import fingerprint
 from .fuser import Fuser
 from .mirror import FeatureMirror
 from .model_info import ModelInfo
+from .prefix_index import shared_length, token_key
 from .prompt_grid import PromptGrid
 from .rollback import Rollback, first_cut, wants_snapshots
 from .row_kind import FUSED, RAW, parse_rows
@@ -384,7 +385,7 @@ class DFlashLlama(Llama):
         With a prefix cache, only what would come out the same from nothing: generated tokens were evaluated in other batches, and
         rows that the draft's window would have must still be there.
         """
-        shared: int = self.longest_token_prefix(self._input_ids.tolist(), tokens[:-1])
+        shared = min(shared_length(token_key(self._input_ids), token_key(tokens)), len(tokens) - 1)
         if self._prefix_cache is not None:
             first_row = run_start(self.mirror.positions, self.n_tokens)
             live = Coverage(min(self._n_exact, self.n_tokens), self._n_prompt, first_row, first_cut=0, logits=False)

@@ -19,7 +19,7 @@ import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,7 +85,7 @@ class DiskTier:
             self._counters.abandoned += state_file.remove_abandoned(self.directory, _PREFIX)
         except OSError as error:
             self._failed("use", error)
-        self.refresh()
+        self._make_room(0)  # the cap may have been larger
 
     # -------------------------------------------------------------------------------------------------------- reading
 
@@ -228,7 +228,7 @@ class DiskTier:
         name = self._name(entry.key)
         try:
             self._make_directory()
-            if not self._make_room(size, entry, replaced=name):
+            if not self._make_room(size, [file.name for file in self._superseded(entry)], replaced=name):
                 self._counters.not_stored["disk_no_room"] += 1
                 return
             head = state_file.write(self.directory / name, entry, self._identity.facts)
@@ -243,13 +243,12 @@ class DiskTier:
             for file in self._superseded(entry):
                 self._set_time(file.name, 0)  # it goes first
 
-    def _make_room(self, size: int, entry: Entry, replaced: str) -> bool:
-        """Remove what the entry supersedes, then what was used longest ago, until ``size`` bytes fit; False: they do not."""
+    def _make_room(self, size: int, superseded: Sequence[str] = (), replaced: str = "") -> bool:
+        """Remove ``superseded`` files, then those used longest ago, until ``size`` bytes fit; False: they do not."""
         with self._lock:
             self._scanned = None
             self.refresh()
             used = sum(self._sizes.values()) - self._sizes.get(replaced, 0)
-            superseded = [file.name for file in self._superseded(entry)]
             candidates = [*superseded, *(n for n in self._by_use() if n not in superseded and n != replaced)]
             while used + size > self.capacity_bytes and candidates:
                 name = candidates.pop(0)
@@ -257,9 +256,9 @@ class DiskTier:
             return used + size <= self.capacity_bytes
 
     def _superseded(self, entry: Entry) -> list[CachedFile]:
-        return [
-            file for file in self._index.prefixes(entry.key) if entry.coverage.supersedes(file.coverage, self._grid)
-        ]
+        with self._lock:
+            found = self._index.prefixes(entry.key)
+        return [file for file in found if entry.coverage.supersedes(file.coverage, self._grid)]
 
     def _by_use(self) -> list[str]:
         """Names of this identity's files, the one used longest ago first."""

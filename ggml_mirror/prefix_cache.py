@@ -59,7 +59,7 @@ class PrefixCache(BaseLlamaCache):
 
     Args:
         llm: the model that the cache is for; it is not kept alive.
-        ram_bytes: most bytes of memory that entries take. 0: none is kept in memory.
+        ram_bytes: most bytes of memory that entries take. 0: none is kept in memory, and a file is written before generation goes on.
         directory: where files are kept, from one process to the next; None: nowhere.
         disk_bytes: most bytes that this model's files take there.
         on_restore: called with tier ("ram" or "disk"), seconds and tokens after each restore, in the thread that evaluates.

@@ -23,6 +23,7 @@ to find damage; it proves nothing about who wrote the file.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -152,7 +153,8 @@ def write(path: Path, entry: Entry, facts: dict[str, str]) -> Head:
     handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         # The lock says that somebody is still at it: see remove_abandoned. It goes with the process, whatever ends that.
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with contextlib.suppress(OSError):  # some file systems have no locks; their abandoned files stay
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         for buffer in (memoryview(head.encode()), *buffers):
             _write_all(handle, buffer)
         os.fsync(handle)

@@ -163,6 +163,15 @@ DiskTierMachine.TestCase.settings = settings(max_examples=25, stateful_step_coun
 TestDiskTier = DiskTierMachine.TestCase
 
 
+def test_a_smaller_cap_holds_from_the_start(directory: Path) -> None:
+    tier = tier_of(directory)
+    for entry in (A, B, C):
+        tier.store(entry)
+    tier.touch(A.key)
+    tier = tier_of(directory, 2 * SIZE)
+    assert holds(tier, A, C) and tier.nbytes == 2 * SIZE and tier._counters.evictions == {"disk": 1}
+
+
 def test_too_large(directory: Path) -> None:
     tier = tier_of(directory, SIZE - 1)
     tier.store(A)
