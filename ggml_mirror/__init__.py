@@ -25,7 +25,8 @@ __all__ = [
 try:
     from ._native import lib as _lib
     from ._native import text as _text
-    from .cached_llama import CachedLlama
+    from .cache.cached_llama import CachedLlama
+    from .cache.prefix_cache import PrefixCache
     from .capture import capture
     from .device import Device, devices, find_device
     from .dflash import DFlashLlama
@@ -34,7 +35,6 @@ try:
     from .fingerprint import fingerprint
     from .mirror import FeatureMirror
     from .plan import plan
-    from .prefix_cache import PrefixCache
     from .snapshot import Snapshot
 
     __version__: str = _text(_lib.gm_version())

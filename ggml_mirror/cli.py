@@ -453,7 +453,7 @@ def run(
     }
     _check_run(prompt, n_ctx=n_ctx, n_predict=n_predict, n_batch=n_batch, n_ubatch=n_ubatch, n_threads=n_threads)
 
-    from .chat_start import loading_options
+    from .chat.start import loading_options
     from .prompt_run import default_threads
     from .report import make_console
 
@@ -487,9 +487,9 @@ def run(
         budget.require_fit()
         return
 
-    from .chat import STOPPED, Chat, Sampling
-    from .chat_start import start
-    from .chat_terminal import ChatTerminal
+    from .chat.conversation import STOPPED, Chat, Sampling
+    from .chat.start import start
+    from .chat.terminal import ChatTerminal
 
     llm = start(model, err=err, verbose=_debugging(), **options)
     sampling = Sampling(temp, top_k, top_p, min_p, repeat_penalty, n_predict if n_predict > 0 else None)

@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 from llama_cpp import Llama, LlamaState
 
-from .cache_entry import Coverage, run_start
+from .cache.entry import Coverage, run_start
+from .cache.prefix_index import shared_length, token_key
 from .capture import SEQUENCE, Hook, attachment, in_use
 from .device import find_device
 from .draft import Draft, DraftSpec, draft_bytes
@@ -25,7 +26,6 @@ from .fingerprint import fingerprint
 from .fuser import Fuser
 from .mirror import FeatureMirror
 from .model_info import ModelInfo
-from .prefix_index import shared_length, token_key
 from .prompt_grid import PromptGrid
 from .rollback import Rollback, first_cut, wants_snapshots
 from .row_kind import FUSED, RAW, parse_rows

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from llama_cpp import LlamaState
 
-from .cached_llama import CachedLlama
+from .cache.cached_llama import CachedLlama
 from .capture import put_state, take_state
 from .draft_stats import DraftStats
 

@@ -43,16 +43,17 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ggml_mirror import DFlashLlama, GgmlMirrorError, PrefixCache, __version__, state_file
+from ggml_mirror import DFlashLlama, GgmlMirrorError, PrefixCache, __version__
 from ggml_mirror.byte_size import format_bytes
-from ggml_mirror.cache_counters import CacheCounters
-from ggml_mirror.cache_entry import Coverage, Entry
-from ggml_mirror.cache_identity import CacheIdentity
-from ggml_mirror.disk_tier import DiskTier
+from ggml_mirror.cache import state_file
+from ggml_mirror.cache.counters import CacheCounters
+from ggml_mirror.cache.disk_tier import DiskTier
+from ggml_mirror.cache.entry import Coverage, Entry
+from ggml_mirror.cache.identity import CacheIdentity
+from ggml_mirror.cache.prefix_index import PrefixIndex, token_key
 from ggml_mirror.errors import ArgumentError
 from ggml_mirror.output import check_writable, write_atomically, write_json
 from ggml_mirror.plot import check_plot
-from ggml_mirror.prefix_index import PrefixIndex, token_key
 from ggml_mirror.prompt_grid import PromptGrid
 from ggml_mirror.prompt_run import default_threads
 

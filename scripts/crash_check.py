@@ -42,8 +42,9 @@ from machine import describe
 from rich.console import Console
 from rich.progress import Progress
 
-from ggml_mirror import DFlashLlama, GgmlMirrorError, PrefixCache, __version__, state_file
+from ggml_mirror import DFlashLlama, GgmlMirrorError, PrefixCache, __version__
 from ggml_mirror.byte_size import format_bytes, parse_bytes
+from ggml_mirror.cache import state_file
 from ggml_mirror.errors import ArgumentError, CacheFileError
 from ggml_mirror.output import check_writable, write_json
 

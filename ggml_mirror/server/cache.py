@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, SummaryMetricFamily
 
-from ..prefix_cache import PrefixCache
+from ..cache.prefix_cache import PrefixCache
 
 if TYPE_CHECKING:
     from .model import Served

@@ -16,7 +16,7 @@ import llama_cpp
 from llama_cpp import Llama
 from llama_cpp.llama_tokenizer import LlamaTokenizer
 
-from ..cached_llama import CachedLlama
+from ..cache.cached_llama import CachedLlama
 from ..dflash import DFlashLlama
 from ..draft_stats import DraftStats
 from ..plain_llama import PlainLlama

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import llama_cpp
 
+from ..cache.prefix_cache import PrefixCache
 from ..draft import DraftSpec
 from ..fingerprint import fingerprint
 from ..model_info import ModelInfo
-from ..prefix_cache import PrefixCache
 from .cache import make_cache
 from .facts import ModelFacts
 from .model import Served, ServedDFlashLlama

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ggml_mirror.cache_entry import Coverage, Entry
-from ggml_mirror.prefix_index import token_key
+from ggml_mirror.cache.entry import Coverage, Entry
+from ggml_mirror.cache.prefix_index import token_key
 from ggml_mirror.prompt_grid import PromptGrid
 
 GRID = PromptGrid(512, 512, (64, 16))

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from ggml_mirror.cache_entry import Coverage, run_start
+from ggml_mirror.cache.entry import Coverage, run_start
 
 from .entries import GRID
 

@@ -16,11 +16,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from ggml_mirror import state_file
-from ggml_mirror.cache_counters import CacheCounters
-from ggml_mirror.cache_entry import Entry
-from ggml_mirror.cache_identity import CacheIdentity
-from ggml_mirror.disk_tier import CachedFile, DiskTier
+from ggml_mirror.cache import state_file
+from ggml_mirror.cache.counters import CacheCounters
+from ggml_mirror.cache.disk_tier import CachedFile, DiskTier
+from ggml_mirror.cache.entry import Entry
+from ggml_mirror.cache.identity import CacheIdentity
 from ggml_mirror.errors import ArgumentError
 
 from .entries import GRID, entry_of, same_entry

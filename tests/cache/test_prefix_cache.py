@@ -123,7 +123,7 @@ def test_an_entry_must_be_worth_its_copy(pair: Pair) -> None:
     llm.reset()
     take(llm, long[:64] + tokens_of(150, 5), 3)
     assert llm.cache.counters.hits == {"ram": 1} and llm.stats.prefix_reused == 64
-    from ggml_mirror import prefix_cache
+    from ggml_mirror.cache import prefix_cache
 
     assert 64 > prefix_cache.COPY_COST * 900 > 16
 

@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ggml_mirror.prefix_index import PrefixIndex, key_length, key_tokens, shared_length, token_key
+from ggml_mirror.cache.prefix_index import PrefixIndex, key_length, key_tokens, shared_length, token_key
 
 # Few tokens, so that beginnings are shared; among them ids whose bytes sort otherwise than they do in little endian.
 tokens = st.lists(st.sampled_from([0, 1, 255, 256, 65536, 2**31 - 1]), max_size=8)

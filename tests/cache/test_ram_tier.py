@@ -9,10 +9,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from ggml_mirror.cache_counters import CacheCounters
-from ggml_mirror.cache_entry import Entry
-from ggml_mirror.ram_tier import RamTier
-from ggml_mirror.write_behind import WriteBehind
+from ggml_mirror.cache.counters import CacheCounters
+from ggml_mirror.cache.entry import Entry
+from ggml_mirror.cache.ram_tier import RamTier
+from ggml_mirror.cache.write_behind import WriteBehind
 
 from .entries import GRID, entry_of
 

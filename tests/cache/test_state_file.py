@@ -17,8 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from ggml_mirror import state_file
-from ggml_mirror.cache_entry import Entry
+from ggml_mirror.cache import state_file
+from ggml_mirror.cache.entry import Entry
 from ggml_mirror.errors import CacheFileError
 
 from .entries import entry_of, same_entry

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from ggml_mirror.write_behind import WriteBehind
+from ggml_mirror.cache.write_behind import WriteBehind
 
 
 def test_items_are_written_in_order_and_a_failure_stops_nothing(caplog: pytest.LogCaptureFixture) -> None:

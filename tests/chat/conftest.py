@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from dflash.pair import _EXACT, TARGETS, Pair
 
-from ggml_mirror.chat import Chat, Sampling
+from ggml_mirror.chat.conversation import Chat, Sampling
 from ggml_mirror.plain_llama import PlainLlama
 
 MODELS = Path(__file__).parents[2] / "models"

@@ -9,7 +9,7 @@ from dflash.pair import TARGETS
 from llama_cpp import Llama
 from llama_cpp._internals import LlamaContext
 
-from ggml_mirror.chat import LENGTH, STOPPED, Chat, Sampling
+from ggml_mirror.chat.conversation import LENGTH, STOPPED, Chat, Sampling
 from ggml_mirror.dflash import DFlashLlama
 from ggml_mirror.errors import ArgumentError, BackendError
 

@@ -249,7 +249,7 @@ def test_too_little_memory_says_what_would_fit(flags: list[object]) -> None:
     program = f"""
 import resource, sys
 from ggml_mirror.budget import make_budget
-from ggml_mirror.chat_terminal import ChatTerminal
+from ggml_mirror.chat.terminal import ChatTerminal
 from ggml_mirror.cli import main
 make_budget({flags[1]!r}, draft_path={flags[3]!r}, n_ctx=256)
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
@@ -395,7 +395,7 @@ def test_a_session_across_two_terminals(terminal: Any, said: Any, tmp_path: Path
 
 def test_an_answer_cannot_take_over_the_terminal(pair: ChatPair, tmp_path: Path) -> None:
     """Control characters that a model says do not reach a terminal; a pipe gets them."""
-    from ggml_mirror.chat_terminal import _CONTROLS
+    from ggml_mirror.chat.terminal import _CONTROLS
 
     assert _CONTROLS.sub("", "a\x1b[31mb\x07\tc\nd\x9b2Je\x7f\r") == "a[31mb\tc\nd2Je"
     assert json.dumps(_CONTROLS.sub("", "Grüße 🦙")) == json.dumps("Grüße 🦙")

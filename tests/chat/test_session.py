@@ -17,8 +17,8 @@ from dflash.pair import TARGETS
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from ggml_mirror.chat import Chat, Sampling
-from ggml_mirror.chat_session import FORMAT, load_session, save_session
+from ggml_mirror.chat.conversation import Chat, Sampling
+from ggml_mirror.chat.session import FORMAT, load_session, save_session
 from ggml_mirror.dflash import DFlashLlama
 from ggml_mirror.errors import SnapshotError, SnapshotMismatchError
 
@@ -152,7 +152,7 @@ import resource, signal, sys
 sys.path.insert(0, {str(Path(__file__).parents[1])!r})
 from pathlib import Path
 from chat.conftest import ChatPair, say
-from ggml_mirror.chat_session import load_session, save_session
+from ggml_mirror.chat.session import load_session, save_session
 from ggml_mirror.errors import SnapshotError
 chat = ChatPair(Path({str(pair.folder)!r})).chat()
 load_session(chat, Path({str(tmp_path / "s")!r}))

@@ -13,7 +13,7 @@ tensor       type, shape               content
 ===========  ========================  ==================================================================================
 
 The tensors lie in this order, without gaps. Metadata (strings): ``format`` ("ggml-mirror.prefix"), ``format_version``, ``identity`` (JSON,
-see :mod:`ggml_mirror.cache_identity`), ``n_prompt``, ``first_row``, ``first_cut`` (:class:`ggml_mirror.cache_entry.Coverage`),
+see :mod:`ggml_mirror.cache.identity`), ``n_prompt``, ``first_row``, ``first_cut`` (:class:`ggml_mirror.cache.entry.Coverage`),
 ``payload``: a checksum over everything behind the tokens, and ``head``: one over the other metadata, the shapes and the tokens. So a
 file's head can be trusted before the rest is read.
 
@@ -38,8 +38,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .cache_entry import Coverage, Entry
-from .errors import CacheFileError
+from ..errors import CacheFileError
+from .entry import Coverage, Entry
 from .prefix_index import key_tokens, token_key
 
 FORMAT = "ggml-mirror.prefix"

@@ -15,12 +15,12 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from .byte_size import format_bytes
-from .chat import LENGTH, STOPPED, SYSTEM, AnswerStats, Chat
-from .chat_session import load_session, save_session
-from .dflash import DFlashLlama
-from .errors import ArgumentError, GgmlMirrorError
-from .report import _table
+from ..byte_size import format_bytes
+from ..dflash import DFlashLlama
+from ..errors import ArgumentError, GgmlMirrorError
+from ..report import _table
+from .conversation import LENGTH, STOPPED, SYSTEM, AnswerStats, Chat
+from .session import load_session, save_session
 
 PROMPT = "> "
 

@@ -9,13 +9,13 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from .budget_report import within_budget
-from .dflash import LLAMA_DEFAULTS, DFlashLlama
-from .errors import DraftMismatchError
-from .llama_log import explained
-from .model_info import ModelInfo
-from .plain_llama import PlainLlama
-from .whole_tokenizer import WholeTokenizer
+from ..budget_report import within_budget
+from ..dflash import LLAMA_DEFAULTS, DFlashLlama
+from ..errors import DraftMismatchError
+from ..llama_log import explained
+from ..model_info import ModelInfo
+from ..plain_llama import PlainLlama
+from ..whole_tokenizer import WholeTokenizer
 
 #: Context unless told otherwise, where the model has more.
 DEFAULT_N_CTX = 4096

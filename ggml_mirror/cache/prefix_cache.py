@@ -3,7 +3,7 @@
 When a prompt has been evaluated, the target's state and the mirror's rows are kept in memory under a budget (those used longest ago go
 first) and, if a directory is given, in files there. Before a prompt is evaluated, the entry that saves most is put into the model, cut
 back to what the prompt shares with it; the rest is evaluated. What then is generated equals what is generated from nothing, to the bit,
-the accepted tokens of each draft step included: see :mod:`ggml_mirror.prompt_grid` and :class:`ggml_mirror.cache_entry.Coverage`.
+the accepted tokens of each draft step included: see :mod:`ggml_mirror.prompt_grid` and :class:`ggml_mirror.cache.entry.Coverage`.
 
 Generated tokens are not kept: they were evaluated in other batches than those of a prompt that contains them.
 """
@@ -24,17 +24,17 @@ import numpy.typing as npt
 from llama_cpp import Llama, LlamaState
 from llama_cpp.llama_cache import BaseLlamaCache
 
-from .cache_counters import CacheCounters
-from .cache_entry import Entry
-from .cache_identity import CacheIdentity
+from ..errors import ArgumentError, GgmlMirrorError
 from .cached_model import PlainModel, cached_model
+from .counters import CacheCounters
 from .disk_tier import CachedFile, DiskTier
-from .errors import ArgumentError, GgmlMirrorError
+from .entry import Entry
+from .identity import CacheIdentity
 from .prefix_index import token_key
 from .ram_tier import RamTier
 from .write_behind import WriteBehind
 
-log = logging.getLogger("ggml_mirror.prefix_cache")
+log = logging.getLogger("ggml_mirror.cache.prefix_cache")
 
 #: A restore costs what copying the whole entry costs, however little of it the prompt shares: per token of the entry, this share of
 #: evaluating a token. Two CPU cores take 1/500 for a model of 135M, a GPU takes up to 1/4 for one of 27B.

@@ -8,10 +8,10 @@ from typing import Any
 
 import llama_cpp
 
-from ._native import ggml_versions
-from .device import devices
-from .fingerprint import fingerprint
-from .prompt_grid import PromptGrid
+from .._native import ggml_versions
+from ..device import devices
+from ..fingerprint import fingerprint
+from ..prompt_grid import PromptGrid
 
 #: Context parameters that decide on layout or content. Not among them: numbers of threads.
 _CONTEXT = (

@@ -11,7 +11,7 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
-log = logging.getLogger("ggml_mirror.prefix_cache")
+log = logging.getLogger("ggml_mirror.cache.prefix_cache")
 
 
 class WriteBehind(Generic[T]):

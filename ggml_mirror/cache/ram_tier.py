@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 
-from .cache_counters import CacheCounters
-from .cache_entry import Entry
+from ..prompt_grid import PromptGrid
+from .counters import CacheCounters
+from .entry import Entry
 from .prefix_index import PrefixIndex
-from .prompt_grid import PromptGrid
 
 
 class RamTier:

@@ -26,13 +26,13 @@ import numpy as np
 from llama_cpp import LlamaState
 from safetensors import SafetensorError, safe_open
 
-from ._native import ggml_versions
-from .chat import Chat
-from .dflash import DFlashLlama, DFlashState
-from .errors import SnapshotError, SnapshotMismatchError
-from .fingerprint import fingerprint
-from .snapshot import Snapshot, SnapshotHeader
-from .tensor_file import read_tensors, write_tensors
+from .._native import ggml_versions
+from ..dflash import DFlashLlama, DFlashState
+from ..errors import SnapshotError, SnapshotMismatchError
+from ..fingerprint import fingerprint
+from ..snapshot import Snapshot, SnapshotHeader
+from ..tensor_file import read_tensors, write_tensors
+from .conversation import Chat
 
 FORMAT, FORMAT_VERSION = "ggml-mirror.session", 1
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import llama_cpp
 
-from .capture import SEQUENCE
-from .dflash import DFlashLlama
-from .draft_stats import DraftStats
-from .errors import ArgumentError, BackendError, GgmlMirrorError
-from .plain_llama import PlainLlama
+from ..capture import SEQUENCE
+from ..dflash import DFlashLlama
+from ..draft_stats import DraftStats
+from ..errors import ArgumentError, BackendError, GgmlMirrorError
+from ..plain_llama import PlainLlama
 
 SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
 

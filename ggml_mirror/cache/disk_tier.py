@@ -23,16 +23,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..byte_size import format_bytes
+from ..errors import ArgumentError, CacheFileError
+from ..prompt_grid import PromptGrid
 from . import state_file
-from .byte_size import format_bytes
-from .cache_counters import CacheCounters
-from .cache_entry import Coverage, Entry
-from .cache_identity import CacheIdentity
-from .errors import ArgumentError, CacheFileError
+from .counters import CacheCounters
+from .entry import Coverage, Entry
+from .identity import CacheIdentity
 from .prefix_index import PrefixIndex
-from .prompt_grid import PromptGrid
 
-log = logging.getLogger("ggml_mirror.prefix_cache")
+log = logging.getLogger("ggml_mirror.cache.prefix_cache")
 
 _PREFIX = "prefix-"
 _NAME = re.compile(rf"{_PREFIX}([0-9a-f]{{16}})-[0-9a-f]{{32}}\.safetensors")

@@ -11,16 +11,16 @@ import numpy as np
 import numpy.typing as npt
 from llama_cpp import Llama, LlamaState
 
-from .cache_entry import Coverage, Entry, run_start
+from ..capture import SEQUENCE
+from ..dflash import DFlashLlama, DFlashState
+from ..errors import ClosedError, GgmlMirrorError
+from ..prompt_grid import PromptGrid
+from ..rollback import first_cut, has_slid, moves_by_blocks
+from ..sequence_state import put_sequence, take_sequence
+from ..snapshot import Snapshot, SnapshotHeader
 from .cached_llama import CachedLlama, generate_cached
-from .capture import SEQUENCE
-from .dflash import DFlashLlama, DFlashState
-from .errors import ClosedError, GgmlMirrorError
+from .entry import Coverage, Entry, run_start
 from .prefix_index import key_tokens, shared_length, token_key
-from .prompt_grid import PromptGrid
-from .rollback import first_cut, has_slid, moves_by_blocks
-from .sequence_state import put_sequence, take_sequence
-from .snapshot import Snapshot, SnapshotHeader
 
 
 class CachedModel:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .prompt_grid import PromptGrid
+from ..prompt_grid import PromptGrid
 
 Buffer = Any  # what has the buffer protocol: bytes, or a uint8 array over a file's content
 
@@ -79,7 +79,7 @@ class Entry:
     """A prompt: the target's state and the mirror's rows, in storage bytes.
 
     Attributes:
-        key: the tokens (see :func:`ggml_mirror.prefix_index.token_key`).
+        key: the tokens (see :func:`ggml_mirror.cache.prefix_index.token_key`).
         target: llama.cpp's state of the sequence.
         rows: uint8 ``[m, row_bytes]``, of positions ``coverage.first_row`` on.
         logits: float32 ``[1, n_vocab]`` behind the last token, or ``[0, n_vocab]``.
