@@ -591,6 +591,11 @@ def serve(
     ] = None,
     use_mlock: Annotated[bool | None, typer.Option("--mlock/--no-mlock", help="Keep the model in RAM.")] = None,
     use_mmap: Annotated[bool | None, typer.Option("--mmap/--no-mmap")] = None,
+    split_mode: Annotated[str | None, typer.Option("-sm", "--split-mode", metavar="none|layer|row")] = None,
+    tensor_split: Annotated[
+        str | None, typer.Option("-ts", "--tensor-split", metavar="N0,N1,...", help="Shares of the devices.")
+    ] = None,
+    lora_path: Annotated[str | None, typer.Option("--lora", metavar="GGUF", help="An adapter.")] = None,
     main_gpu: Annotated[int | None, typer.Option("-mg", "--main-gpu")] = None,
     seed: Annotated[int | None, typer.Option("-s", "--seed", help="For requests without one. Default: random.")] = None,
     alias: Annotated[str | None, typer.Option("-a", "--alias", help="The model's name to clients.")] = None,
@@ -645,7 +650,7 @@ def serve(
     from .server import require_extra
 
     require_extra()
-    from .flags import cache_type, layers, mebibytes, switch
+    from .flags import cache_type, layers, mebibytes, shares, split_number, switch
     from .server.run import serve as run
     from .server.settings import ServeConfig, read_keys, read_settings
 
@@ -672,6 +677,9 @@ def serve(
         "offload_kqv": offload_kqv,
         "use_mlock": use_mlock,
         "use_mmap": use_mmap,
+        "split_mode": None if split_mode is None else split_number(split_mode, "-sm"),
+        "tensor_split": None if tensor_split is None else shares(tensor_split, "-ts"),
+        "lora_path": lora_path,
         "main_gpu": main_gpu,
         "seed": seed,
         "model_alias": alias,

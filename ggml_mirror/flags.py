@@ -38,3 +38,19 @@ def cache_type(text: str, flag: str) -> int:
 def mebibytes(text: str) -> int:
     """Bytes from a size such as 2GiB. A bare number is MiB, as llama-server's ``--cache-ram`` has it."""
     return int(text) << 20 if text.strip().isdigit() else parse_bytes(text)
+
+
+def split_number(text: str, flag: str) -> int:
+    """How a model is split over devices: llama.cpp's number of that name."""
+    modes = {"none": 0, "layer": 1, "row": 2}
+    if text not in modes:
+        raise ArgumentError(f"{flag} {text}: one of {', '.join(modes)} was expected")
+    return modes[text]
+
+
+def shares(text: str, flag: str) -> list[float]:
+    """Numbers with commas between them, as 3,1."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ArgumentError(f"{flag} {text}: numbers with commas between them were expected") from None

@@ -63,7 +63,8 @@ class Server:
             if '"event": "ready' in line:
                 break
         else:
-            raise SystemExit(f"the server does not start: {last.strip()}")
+            print(f"error: the server does not start: {last.strip()}", file=sys.stderr)
+            raise typer.Exit(2)
         threading.Thread(target=self._drain, daemon=True).start()
         self.errors: list[str] = []
         self.http = httpx.Client(base_url=self.url, timeout=300)

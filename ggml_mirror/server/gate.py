@@ -21,6 +21,7 @@ from .checks import GENERATING, ROUTES, TOKENIZING, Checked, check
 from .errors import RequestError, as_request_error
 from .facts import ModelFacts
 from .hooks import ServedProxy
+from .patience import Patience
 from .request import ServedRequest, current
 from .turns import Turns
 
@@ -41,7 +42,7 @@ class Gate:
         app: llama_cpp.server's.
         facts: of each model that has been loaded, by alias.
         max_body: bytes.
-        timeout: seconds for a client to send its request, and for each pause in taking the answer.
+        patience: for a client to send its request, and for each pause in taking the answer.
     """
 
     def __init__(
@@ -52,14 +53,14 @@ class Gate:
         turns: Turns,
         *,
         max_body: int,
-        timeout: float,
+        patience: Patience,
     ) -> None:
         self.app = app
         self.proxy = proxy
         self.facts = facts
         self.turns = turns
         self.max_body = max_body
-        self.timeout = timeout
+        self.patience = patience
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, or raise the RequestError that says why not: nothing has been sent then."""
@@ -93,7 +94,7 @@ class Gate:
     ) -> None:
         failure: Exception | None = None
         async with anyio.create_task_group() as group:
-            outbox = _Outbox(send, self.timeout, request)
+            outbox = _Outbox(send, self.patience, request)
             group.start_soon(self._watch, receive, request)
             group.start_soon(outbox.deliver)
             try:
@@ -116,7 +117,7 @@ class Gate:
         parts: list[bytes] = []
         size = int(length) if length.isdigit() else 0
         received = 0
-        with anyio.move_on_after(self.timeout) as scope_of_time:
+        with self.patience.wait() as waited:
             while True:
                 if max(size, received) > self.max_body:
                     raise RequestError(
@@ -129,8 +130,8 @@ class Gate:
                 received += len(parts[-1])
                 if not message.get("more_body"):
                     break
-        if scope_of_time.cancelled_caught:
-            raise RequestError(f"the body did not arrive within {self.timeout:g} s (--timeout)", status=408)
+        if waited.cancelled_caught:
+            raise RequestError(f"the body did not arrive within {self.patience.seconds:g} s (--timeout)", status=408)
         return b"".join(parts)
 
     def _tokenize(self, text: str) -> tuple[bytes, list[int]]:
@@ -252,9 +253,9 @@ class _Answer:
 class _Outbox:
     """Takes an answer as fast as it is made and delivers it as fast as the client takes it."""
 
-    def __init__(self, send: Send, timeout: float, request: ServedRequest) -> None:
+    def __init__(self, send: Send, patience: Patience, request: ServedRequest) -> None:
         self._send = send
-        self._timeout = timeout
+        self._patience = patience
         self._request = request
         self._in, self._out = anyio.create_memory_object_stream[Message](float("inf"))
         self._delivered = anyio.Event()
@@ -267,10 +268,11 @@ class _Outbox:
         try:
             async with self._out:
                 async for message in self._out:
-                    with anyio.fail_after(self._timeout):
+                    with self._patience.wait() as waited:
                         await self._send(message)
-        except TimeoutError:
-            self._request.cancel(f"the client took nothing for {self._timeout:g} s")
+                    if waited.cancelled_caught:
+                        self._request.cancel(f"the client took nothing for {self._patience.seconds:g} s")
+                        return
         except OSError:
             self._request.cancel("the client hung up")
         finally:

@@ -54,7 +54,7 @@ class Served(Llama):
         """As ``Llama.create_completion``, within the limits of the server and for the request that runs."""
         request = current.get()
         limit, wanted = self.settings.n_predict, options.get("max_tokens", 16)
-        if limit is not None and limit >= 0 and (wanted is None or wanted > limit):
+        if limit is not None and limit > 0 and (wanted is None or wanted > limit):
             options["max_tokens"] = limit
         if options.get("logit_bias"):
             processors = with_bias(options.get("logits_processor"), options.pop("logit_bias"))

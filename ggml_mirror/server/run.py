@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import ipaddress
 import logging
 import os
@@ -11,7 +12,7 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import uvicorn
@@ -21,6 +22,7 @@ from .front import Front, Keys, with_cors
 from .gate import Gate
 from .hooks import ServedProxy, create_app
 from .log import start_log
+from .patience import Patience
 from .settings import ServeConfig
 from .state import ServerState
 
@@ -38,23 +40,25 @@ def serve(config: ServeConfig, *, verbose: bool = False) -> None:
         GgmlMirrorError: the address is taken, or the first model could not be loaded.
     """
     start_log(as_json=config.log_json, verbose=verbose)
-    with _listening(config) as listener:
-        Run(config, listener).run()
+    with _listening(config) as listeners:
+        Run(config, listeners).run()
 
 
 class Run:
     """One run of the server in this process."""
 
-    def __init__(self, config: ServeConfig, listener: socket.socket) -> None:
+    def __init__(self, config: ServeConfig, listeners: list[socket.socket]) -> None:
         self.config = config
-        self.listener = listener
+        self.listeners = listeners
         self.state = ServerState(config)
+        self.patience = Patience(config.timeout)
         self.front = Front(self.state, Keys(config.api_keys), config.server.root_path)
         self.proxy: ServedProxy | None = None
         self.failure: BaseException | None = None
         settings = uvicorn.Config(
             with_cors(self.front, config.cors_origins),
             lifespan="off",
+            http="h11",  # has limits for headers
             ws="none",
             log_config=None,
             access_log=False,
@@ -83,10 +87,10 @@ class Run:
             loop.add_signal_handler(number, self._stop, number)
         log.info(f"listening on {self._url()}; loading {self.config.models[0].model}")
         loader.start()
-        await self.server.serve(sockets=[self.listener])
+        await self.server.serve(sockets=self.listeners)
 
     def _url(self) -> str:
-        host, port = self.listener.getsockname()[:2]
+        host, port = self.listeners[0].getsockname()[:2]
         return (
             f"{'https' if self.config.server.ssl_certfile else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
         )
@@ -98,6 +102,7 @@ class Run:
         self.state.draining = True
         running = self.state.turns.waiting + (self.state.turns.running is not None)
         log.info(f"{signal.Signals(number).name}: finishing {running} requests, taking no more")
+        self.patience.shorten()
         self.server.should_exit = True
 
     def _load(self) -> None:
@@ -111,7 +116,7 @@ class Run:
                 self.state.facts,
                 self.state.turns,
                 max_body=self.config.max_body,
-                timeout=self.config.timeout,
+                patience=self.patience,
             )
             self._announce()
         except BaseException as error:
@@ -143,7 +148,8 @@ class _Server(uvicorn.Server):
 
 
 @contextmanager
-def _listening(config: ServeConfig) -> Iterator[socket.socket]:
+def _listening(config: ServeConfig) -> Iterator[list[socket.socket]]:
+    """Sockets on all addresses of the host: localhost may have one of each family."""
     host, port = config.server.host, config.server.port
     if not 0 <= port <= 65535:
         raise ArgumentError(f"--port {port}: 0 to 65535 are ports")
@@ -153,24 +159,36 @@ def _listening(config: ServeConfig) -> Iterator[socket.socket]:
         )
     except OSError as error:
         raise ArgumentError(f"--host {host}: {error.strerror}") from None
-    family, kind, protocol, _, address = found[0]
-    listener = socket.socket(
-        family, kind, protocol
-    )  # asyncio sends at once (TCP_NODELAY) only where the protocol says TCP
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind(address)
-            listener.listen(2048)
-        except OSError as error:
-            raise ListenError(
-                f"cannot listen on {host}, port {port}: {error.strerror}; choose another --port"
-            ) from None
-        if not config.api_keys and not _is_loopback(listener.getsockname()[0]):
+    with ExitStack() as stack:
+        listeners: list[socket.socket] = []
+        refusal: OSError | None = None
+        for family, kind, protocol, _, address in found:
+            try:
+                # asyncio sends at once (TCP_NODELAY) only where the protocol says TCP.
+                listener = stack.enter_context(socket.socket(family, kind, protocol))
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6 and len(found) > 1:
+                    listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                listener.bind((address[0], port, *address[2:]))
+                listener.listen(2048)
+            except OSError as error:
+                # A machine may know an address and not have it; one that is taken is an error.
+                if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                    raise _refused(host, port, error) from None
+                refusal = error
+                continue
+            listeners.append(listener)
+            port = listener.getsockname()[1]  # if it was 0, the same for all
+        if not listeners:
+            assert refusal is not None
+            raise _refused(host, port, refusal)
+        if not config.api_keys and not all(_is_loopback(one.getsockname()[0]) for one in listeners):
             _warn(host)
-        yield listener
-    finally:
-        listener.close()
+        yield listeners
+
+
+def _refused(host: str, port: int, error: OSError) -> ListenError:
+    return ListenError(f"cannot listen on {host}, port {port}: {error.strerror}; choose another --port or --host")
 
 
 def _is_loopback(address: str) -> bool:

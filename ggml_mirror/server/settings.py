@@ -73,6 +73,8 @@ class ServedModelSettings(ModelSettings):
         Raises:
             ModelFileError, UnsupportedDraftError, DraftMismatchError, DtypeError, ArgumentError: nothing was loaded.
         """
+        if self.n_predict is not None and (self.n_predict == 0 or self.n_predict < -1):
+            raise ArgumentError(f"n_predict is {self.n_predict}; a number of tokens, or -1 for no limit, was expected")
         given = self.model_fields_set
         for name, value in _MODEL_DEFAULTS.items():
             if name not in given:
@@ -143,6 +145,16 @@ class ServeConfig:
     timeout: float = 3600.0
     shutdown_timeout: int | None = None
     log_json: bool = False
+
+    def __post_init__(self) -> None:
+        for flag, value, least in (
+            ("--max-body", self.max_body, 1),
+            ("--max-queue", self.max_queue, 0),
+            ("--timeout", self.timeout, 0.1),
+            ("--shutdown-timeout", self.shutdown_timeout, 0),
+        ):
+            if value is not None and not value >= least:
+                raise ArgumentError(f"{flag} is {value}; it must be at least {least}")
 
 
 def read_settings(

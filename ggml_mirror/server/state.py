@@ -109,21 +109,23 @@ class ServerState:
 
     def loaded(self, llm: Served) -> None:
         """A model was loaded: run a draft step, give it its cache, and say so."""
-        alias = str(llm.settings.model_alias)
+        alias, before = str(llm.settings.model_alias), self.not_ready
         self.not_ready = f"warming up {alias}"
-        llm.warm_up()
-        if isinstance(llm, ServedDFlashLlama) and not llm.stats.draft_steps:
-            self.not_ready = "no draft step has run: the context leaves no room for one"
-            return
-        self.close()
-        cache = make_cache(self.config, llm)
-        if cache is not None:
-            llm.set_cache(cache)
+        try:
+            llm.warm_up()
+            self.close()
+            cache = make_cache(self.config, llm)
+            if cache is not None:
+                llm.set_cache(cache)
+            facts, card = ModelFacts.of(llm), ModelCard.of(llm)
+        except BaseException:
+            self.not_ready = before
+            raise
         with self._lock:
-            self.facts[alias] = ModelFacts.of(llm)
-            self.card = ModelCard.of(llm)
-            self.cache = cache
-            self.not_ready = None
+            self.facts[alias], self.card, self.cache = facts, card, cache
+            drafts = isinstance(llm, ServedDFlashLlama)
+            no_step = drafts and not llm.stats.draft_steps
+            self.not_ready = "no draft step has run: the context leaves no room for one" if no_step else None
 
     def close(self) -> None:
         """Write what the cache has not written yet."""

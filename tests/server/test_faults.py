@@ -16,6 +16,7 @@ from ggml_mirror.server.front import Front, Keys
 from ggml_mirror.server.gate import Gate
 from ggml_mirror.server.hooks import create_app
 from ggml_mirror.server.model import ServedDFlashLlama
+from ggml_mirror.server.patience import Patience
 from ggml_mirror.server.settings import ServeConfig, read_settings
 from ggml_mirror.server.state import ServerState
 
@@ -30,7 +31,7 @@ def served(tiny: tuple[Path, Path]) -> Iterator[tuple[TestClient, ServedDFlashLl
     state = ServerState(config)
     front = Front(state, Keys([]))
     app, proxy = create_app(config.server, config.models, state.loaded)
-    front.inner = Gate(app, proxy, state.facts, state.turns, max_body=1 << 20, timeout=60)
+    front.inner = Gate(app, proxy, state.facts, state.turns, max_body=1 << 20, patience=Patience(60))
     llm = proxy.current
     assert isinstance(llm, ServedDFlashLlama)
     yield TestClient(front), llm

@@ -89,6 +89,8 @@ def test_what_cannot_be_served_ends_in_one_line(tiny: tuple[Path, Path], tmp_pat
             (2, "q9_9", ("-m", target, "-md", draft, "--feature-dtype", "q9_9")),
             (2, "n_draft", ("-m", target, "-md", draft, "--draft-max", 99)),
             (2, "--nonsense", ("-m", target, "--nonsense", 1)),
+            (2, "--timeout", ("-m", target, "--timeout", 0)),
+            (2, "n_predict", ("-m", target, "-n", 0)),
             (2, "n_gpu_layers", ("-m", target, "--n_gpu_layers", -7)),
             (2, "prompt-lookup-decoding", ("-m", target, "--draft_model", draft)),
             (2, "config", ("--config-file", tmp_path / "nowhere.yaml")),
@@ -166,17 +168,31 @@ def test_a_second_signal_ends_it_at_once(tiny: tuple[Path, Path]) -> None:
         assert server.stop(signal.SIGINT, timeout=5) == 128 + signal.SIGINT
 
 
-def test_shutdown_timeout(tiny: tuple[Path, Path]) -> None:
-    with ServerProcess("-m", tiny[0], "--shutdown-timeout", 1) as server:
+@pytest.mark.parametrize("flags", [("--shutdown-timeout", 1), ()], ids=["told", "untold"])
+def test_a_client_that_does_nothing_does_not_keep_it_alive(flags: tuple[object, ...], tiny: tuple[Path, Path]) -> None:
+    """Requests that have begun are waited for, but not for ever: a client has ten seconds to send the rest of one."""
+    with ServerProcess("-m", tiny[0], *flags) as server:
         stalled = socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])))
         head = (
             b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{"
         )
-        stalled.sendall(head)  # and no more: a request that never ends
+        stalled.sendall(head)  # and no more
         time.sleep(0.3)
         started = time.monotonic()
-        assert server.stop() == 0 and time.monotonic() - started < 10
+        assert server.stop() == 0
+        assert time.monotonic() - started < (8 if flags else 20)
         stalled.close()
+
+
+def test_localhost_is_all_of_it(tiny: tuple[Path, Path]) -> None:
+    with ServerProcess("-m", tiny[0], "--host", "localhost") as server:
+        port = server.url.rpartition(":")[2]
+        answers = []
+        for address in ("127.0.0.1", "[::1]"):
+            with suppress(httpx.ConnectError):  # a machine may have no IPv6
+                answers.append(httpx.get(f"http://{address}:{port}/health").status_code)
+        assert answers and set(answers) == {200}
+        assert not any("WARNING" in line for line in server.lines)
 
 
 # ------------------------------------------------------------------------------------------------ clients that go
