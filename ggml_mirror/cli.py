@@ -637,7 +637,7 @@ def serve(
 ) -> None:
     """Serve OpenAI's API with drafting: llama-cpp-python's own server application over DFlashLlama.
 
-    Every other setting of llama_cpp.server is given by its name, as --rope_freq_base 10000; docs/SERVER.md lists them.
+    Every other setting of llama_cpp.server is given by its name, as --rope_freq_base 10000; python -m llama_cpp.server --help lists them.
 
     [bold]Examples[/]
 
