@@ -41,6 +41,7 @@ def cache_metrics(cache: PrefixCache | None) -> Iterator[Any]:
 
     def counter(name: str, what: str, label: str, counts: dict[str, int], always: tuple[str, ...] = ()) -> Any:
         family = CounterMetricFamily(f"ggml_mirror_cache_{name}", what, labels=(label,))
+        counts = dict(counts)  # at once: another thread may be counting
         for key in sorted({*always, *counts}):
             family.add_metric([key], counts.get(key, 0))
         return family

@@ -19,6 +19,8 @@ def check_messages(body: dict[str, Any], facts: ModelFacts) -> None:
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
         raise bad("messages", "a list of at least one message was expected")
+    if len(messages) > facts.n_ctx:
+        raise too_long("messages", f"are {len(messages)}", facts)
     total = 0
     for i, message in enumerate(messages):
         at = f"messages[{i}]"

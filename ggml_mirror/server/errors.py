@@ -48,11 +48,13 @@ class RequestError(GgmlMirrorError):
         return {"error": {"message": str(self), "type": self.type, "param": self.param, "code": self.code}}
 
 
-class RequestCancelled(RequestError):
+def gone(what: str = "the client hung up") -> RequestError:
     """Nobody waits for the answer any more."""
+    return RequestError(what, status=499, code="cancelled")
 
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason, status=499, code="cancelled")
+
+def shutting_down() -> RequestError:
+    return RequestError("the server is shutting down", status=503, code="shutting_down")
 
 
 def as_request_error(error: BaseException, *, param: str = "prompt") -> RequestError:

@@ -14,7 +14,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse, Response
 
 from .checks import ROUTES
-from .errors import RequestError, as_request_error
+from .errors import RequestError, as_request_error, shutting_down
 from .gate import App, Message, Receive, Scope, Send
 from .log import log_request
 from .metrics import Metrics
@@ -102,7 +102,7 @@ class Front:
         elif path == "/props":
             await self._props()(scope, receive, send)
         elif self.state.draining:
-            raise RequestError("the server is shutting down", status=503, code="shutting_down")
+            raise shutting_down()
         elif self.inner is None:
             raise self._unavailable()
         else:
@@ -113,7 +113,7 @@ class Front:
 
     def _health(self) -> Response:
         if self.state.draining:
-            return _of_error(RequestError("the server is shutting down", status=503, code="shutting_down"))
+            return _of_error(shutting_down())
         if self.state.not_ready is not None:
             return _of_error(self._unavailable())
         return JSONResponse({"status": "ok"})

@@ -18,7 +18,7 @@ from anyio import to_thread
 
 from .body import parse
 from .checks import GENERATING, ROUTES, TOKENIZING, Checked, check
-from .errors import RequestError, as_request_error
+from .errors import RequestError, as_request_error, gone
 from .facts import ModelFacts
 from .hooks import ServedProxy
 from .patience import Patience
@@ -125,7 +125,7 @@ class Gate:
                     )
                 message = await receive()
                 if message["type"] == "http.disconnect":
-                    raise RequestError("the client hung up", status=499)
+                    raise gone()
                 parts.append(message.get("body", b""))
                 received += len(parts[-1])
                 if not message.get("more_body"):
@@ -144,7 +144,7 @@ class Gate:
     async def _watch(receive: Receive, request: ServedRequest) -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
-        request.cancel("the client hung up")
+        request.cancel(gone())
 
     async def _run(self, scope: Scope, checked: Checked, request: ServedRequest, send: Send) -> None:
         """Run the application on what was checked; whatever it left open is closed before this returns."""
@@ -271,10 +271,10 @@ class _Outbox:
                     with self._patience.wait() as waited:
                         await self._send(message)
                     if waited.cancelled_caught:
-                        self._request.cancel(f"the client took nothing for {self._patience.seconds:g} s")
+                        self._request.cancel(gone(f"the client took nothing for {self._patience.seconds:g} s"))
                         return
         except OSError:
-            self._request.cancel("the client hung up")
+            self._request.cancel(gone())
         finally:
             self._delivered.set()
 

@@ -16,7 +16,6 @@ import llama_cpp
 from llama_cpp import Llama
 from llama_cpp.llama_tokenizer import LlamaTokenizer
 
-from ..cache.cached_llama import CachedLlama
 from ..dflash import DFlashLlama
 from ..draft_stats import DraftStats
 from ..plain_llama import PlainLlama
@@ -179,7 +178,7 @@ class Served(Llama):
         return GuardedSampler(super()._init_sampler(*args, **options), self._n_vocab)
 
 
-class ServedLlama(Served, PlainLlama, CachedLlama):
+class ServedLlama(Served, PlainLlama):
     """A target that is served plainly."""
 
     def _arguments(self, model_path: str, options: dict[str, Any]) -> dict[str, Any]:

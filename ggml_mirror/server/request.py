@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..draft_stats import DraftStats
-from .errors import RequestCancelled
+from .errors import RequestError
 
 
 @dataclass
@@ -47,7 +47,7 @@ class ServedRequest:
     failure: Exception | None = None
     on_cancel: Callable[[], None] | None = None
     _streams: list[Iterator[Any]] = field(default_factory=list)
-    _cancelled: str | None = None
+    _cancelled: RequestError | None = None
     _interrupted: bool = False
 
     @property
@@ -58,9 +58,9 @@ class ServedRequest:
 
     # ------------------------------------------------------------- from the event loop
 
-    def cancel(self, reason: str) -> None:
+    def cancel(self, why: RequestError) -> None:
         """Generate no further: the next token is the last, whoever chose it."""
-        self._cancelled = self._cancelled or reason
+        self._cancelled = self._cancelled or why
         if self.on_cancel is not None:
             self.on_cancel()
 
@@ -68,19 +68,14 @@ class ServedRequest:
         """End the text here, as if it were complete (llama_cpp.server's ``interrupt_requests``)."""
         self._interrupted = True
 
-    @property
-    def cancelled(self) -> str | None:
-        """Why, or None."""
-        return self._cancelled
-
     # ---------------------------------------------------- from the thread that generates
 
     def check(self) -> None:
         """Raises:
-        RequestCancelled: nobody waits any more.
+        RequestError: what it was cancelled with.
         """
-        if self._cancelled:
-            raise RequestCancelled(self._cancelled)
+        if self._cancelled is not None:
+            raise self._cancelled
 
     @property
     def interrupted(self) -> bool:

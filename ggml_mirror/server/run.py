@@ -18,6 +18,7 @@ from typing import Any
 import uvicorn
 
 from ..errors import ArgumentError, GgmlMirrorError
+from .errors import shutting_down
 from .front import Front, Keys, with_cors
 from .gate import Gate
 from .hooks import ServedProxy, create_app
@@ -27,6 +28,8 @@ from .settings import ServeConfig
 from .state import ServerState
 
 log = logging.getLogger("ggml_mirror.server")
+
+_GRACE_S = 5  # for requests that were cancelled to be answered
 
 
 class ListenError(GgmlMirrorError, OSError):
@@ -64,7 +67,7 @@ class Run:
             access_log=False,
             server_header=False,
             proxy_headers=False,  # anyone can write X-Forwarded-For
-            timeout_graceful_shutdown=config.shutdown_timeout,
+            timeout_graceful_shutdown=None if config.shutdown_timeout is None else config.shutdown_timeout + _GRACE_S,
             ssl_keyfile=config.server.ssl_keyfile,
             ssl_certfile=config.server.ssl_certfile,
         )
@@ -103,6 +106,9 @@ class Run:
         running = self.state.turns.waiting + (self.state.turns.running is not None)
         log.info(f"{signal.Signals(number).name}: finishing {running} requests, taking no more")
         self.patience.shorten()
+        if self.config.shutdown_timeout is not None:
+            cancel = self.state.turns.cancel_all
+            asyncio.get_running_loop().call_later(self.config.shutdown_timeout, cancel, shutting_down())
         self.server.should_exit = True
 
     def _load(self) -> None:

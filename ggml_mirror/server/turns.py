@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 
 import anyio
 
-from .errors import RequestCancelled, RequestError
+from .errors import RequestError
 from .request import ServedRequest
 
 
@@ -36,8 +36,7 @@ class Turns:
         """Wait for the turn and have it.
 
         Raises:
-            RequestError: too many wait already.
-            RequestCancelled: nobody waits any more for this one.
+            RequestError: too many wait already, or it was cancelled.
         """
         entered = time.perf_counter()
         await self._enter(request)
@@ -76,7 +75,13 @@ class Turns:
             request.on_cancel = None
         if self.running is not request:
             self._waiting.remove(place)
-            raise RequestCancelled(request.cancelled or "cancelled")
+            request.check()
+
+    def cancel_all(self, why: RequestError) -> None:
+        """The one whose turn it is, and those that wait."""
+        for request in [one for one, _ in self._waiting] + [self.running] * (self.running is not None):
+            if request is not None:
+                request.cancel(why)
 
     def _leave(self) -> None:
         self.running = None

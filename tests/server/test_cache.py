@@ -91,6 +91,22 @@ def test_a_client_that_hangs_up_caches_nothing_wrong(tiny: tuple[Path, Path]) ->
             assert ask(server, LONG)[0] == expected
 
 
+def test_grammars_and_kept_logits(tiny: tuple[Path, Path]) -> None:
+    """Of a prompt that is cached whole, the first token is chosen from logits that were kept: by the same guarded sampler."""
+    with ServerProcess("-m", tiny[0], "-md", tiny[1], "--cache-ram", "64MiB") as server:
+        yes, _ = ask(server, LONG, grammar='root ::= "yes" | "no"')
+        for grammar, expected in (('root ::= "yes" | "no"', yes), ('root ::= "\\x00"', None)):
+            ask(server, OTHER)
+            body = {"prompt": LONG, "max_tokens": 12, "temperature": 0, "grammar": grammar}
+            answer = server.post("/v1/completions", body)
+            if expected is None:
+                assert answer.status_code == 400 and answer.json()["error"]["code"] == "grammar_dead_end"
+            else:
+                assert answer.json()["choices"][0]["text"] == expected
+                assert answer.json()["timings"]["prompt_n"] == 0
+        assert server.stop() == 0
+
+
 def test_no_room_for_the_cache_is_no_failure(tiny: tuple[Path, Path], tmp_path: Path) -> None:
     with ServerProcess(
         "-m", tiny[0], "-md", tiny[1], "--cache-ram", "1KiB", "--cache-disk", tmp_path, "--cache-disk-max", "1KiB"

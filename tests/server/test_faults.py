@@ -138,6 +138,7 @@ def test_a_cancelled_prompt_ends_between_batches(
 ) -> None:
     """Its tokens that were evaluated stay in the context: the same prompt goes on from there."""
     client, llm = served
+    from ggml_mirror.server.errors import gone
     from ggml_mirror.server.request import ServedRequest, current
 
     request = ServedRequest(id="x", path="/v1/completions")
@@ -148,7 +149,7 @@ def test_a_cancelled_prompt_ends_between_batches(
         real(batch)
         evaluated.append(batch.n_tokens())
         if len(evaluated) == 2:
-            request.cancel("the client hung up")
+            request.cancel(gone())
 
     with monkeypatch.context() as m:
         m.setattr(llm._ctx, "decode", decode)

@@ -184,6 +184,30 @@ def test_a_client_that_does_nothing_does_not_keep_it_alive(flags: tuple[object, 
         stalled.close()
 
 
+def test_what_takes_longer_than_the_shutdown_may(tiny: tuple[Path, Path]) -> None:
+    """Streamed or whole, running or waiting: each client is told."""
+    with ServerProcess("-m", tiny[0], "-md", tiny[1], "--shutdown-timeout", 1) as server:
+        body = {"prompt": "A story", "max_tokens": 1900, "min_tokens": 1900}
+        answers: list[httpx.Response] = []
+
+        def ask(stream: bool) -> None:
+            answers.append(httpx.post(f"{server.url}/v1/completions", json={**body, "stream": stream}, timeout=60))
+
+        clients = [threading.Thread(target=ask, args=(stream,)) for stream in (True, False)]
+        clients[0].start()
+        server.wait_until("ggml_mirror_requests_running", 1)
+        clients[1].start()
+        server.wait_until("ggml_mirror_requests_waiting", 1)
+        started = time.monotonic()
+        assert server.stop() == 0 and time.monotonic() - started < 8
+        for client in clients:
+            client.join(10)
+        assert len(answers) == 2
+        for answer in answers:
+            assert "shutting_down" in answer.text
+            assert answer.status_code == (200 if "event-stream" in answer.headers["content-type"] else 503)
+
+
 def test_localhost_is_all_of_it(tiny: tuple[Path, Path]) -> None:
     with ServerProcess("-m", tiny[0], "--host", "localhost") as server:
         port = server.url.rpartition(":")[2]
