@@ -9,9 +9,9 @@ For each dtype and length, a prompt of HumanEval's texts is run from nothing int
     ... other    a prompt of the same length that shares all but its last tokens (--other): those and the batch in which they
                  begin are evaluated
 
-"disk" drops the file from the page cache before each run ("disk cached" does not). The first token is that of a stream of
-``create_completion``; medians over --repeats runs, but for cold, which runs once, and once for the other prompt. Each warm run goes on for
---n-predict tokens, which must be those of the cold one, accepted for accepted.
+"disk" drops the file from the page cache before each run ("disk cached" does not). Medians over --repeats runs, but for cold, which runs
+once. Each warm run goes on for --n-predict tokens, which must be those of the cold one, accepted for accepted. (The other prompt runs from
+nothing only in the shortest length; in the others, its runs from memory and disk are compared with each other.)
 
 "keep" is the copy of the state after the first token of a new prompt; "write" the thread behind, checksum and fsync included.
 
@@ -117,12 +117,21 @@ def drop_from_page_cache(directory: Path) -> None:
 
 
 def measure(
-    llm: DFlashLlama, dtype: str, prompt: list[int], other: list[int], *, repeats: int, n_predict: int, directory: Path
+    llm: DFlashLlama,
+    dtype: str,
+    prompt: list[int],
+    other: list[int],
+    *,
+    repeats: int,
+    n_predict: int,
+    directory: Path,
+    cold_other: bool,
 ) -> Row:
     """One dtype at one length, in a directory of its own."""
     cold: dict[str, Run] = {}
     llm.set_cache(PrefixCache(llm, ram_bytes=0))
-    cold["other"] = run(llm, other, n_predict)
+    if cold_other:
+        cold["other"] = run(llm, other, n_predict)
     ram = PrefixCache(llm, ram_bytes=1 << 40)
     llm.set_cache(ram)
     cold["same"] = run(llm, prompt, n_predict)
@@ -155,7 +164,7 @@ def measure(
     same = all(
         (r.tokens, r.steps) == (c.tokens, c.steps)
         for case, runs in found.items()
-        for c in [cold["other" if case.endswith("other") else "same"]]
+        for c in [cold.get("other", found["ram other"][0]) if case.endswith("other") else cold["same"]]
         for r in runs
     )
     return Row(
@@ -361,7 +370,7 @@ def main(
                 rows.append(
                     measure(
                         llm, name, prompt, [*prompt[:-other], *words[-other:]],
-                        repeats=repeats, n_predict=n_predict, directory=Path(folder),
+                        repeats=repeats, n_predict=n_predict, directory=Path(folder), cold_other=n == lengths[0],
                     )
                 )  # fmt: skip
         llm.set_cache(None)
