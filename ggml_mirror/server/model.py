@@ -38,6 +38,8 @@ class Served(Llama):
     cache_ram: int
     stats: DraftStats
     _pieces: dict[tuple[int, bool], bytes]
+    _max_tokens: int | None = None  # of the completion that is made
+    _unsaid: list[int] = []  # noqa: RUF012; its tokens, if it was ended here and not by llama-cpp-python
 
     def __init__(self, model_path: str, **options: Any) -> None:
         self._stack = ExitStack()  # Llama closes it, also if what comes before its own __init__ raises
@@ -67,11 +69,15 @@ class Served(Llama):
                 options["seed"] = request.seed
         if options.get("seed") is None:
             options["seed"] = self.settings.request_seed()
+        self._max_tokens, self._unsaid = options.get("max_tokens", 16), []
         made: Any = super().create_completion(prompt, **options)
         if options.get("stream"):
             return made if request is None else request.keep(made)
+        choice = made["choices"][0]
+        if self._unsaid:
+            choice["text"] += self.detokenize(self._unsaid).decode("utf-8", errors="ignore")
         if not options.get("echo"):
-            _cut_at_first_stop(made["choices"][0], options.get("stop"))
+            _cut_at_first_stop(choice, options.get("stop"))
         return made
 
     def generate(self, tokens: Sequence[int], *args: Any, **options: Any) -> Generator[int, Sequence[int] | None, None]:
@@ -81,15 +87,23 @@ class Served(Llama):
             raise RequestError("prompt: it is empty, and this model has no token to begin with", param="prompt")
         request = current.get()
         self.stats = DraftStats()  # if what follows fails before it has its own
+        limit = min(self._max_tokens or self._n_ctx, self._n_ctx - len(tokens))
+        said: list[int] = []
         chosen = super().generate(tokens, *args, **options)
         sent: Sequence[int] | None = None
         at_end = False
         try:
             while True:
+                if len(said) == limit:
+                    # llama-cpp-python goes on where the text so far ends in what may be a part of a character; bytes that no
+                    # character begins with would keep it going beyond the context. It is left with tokens that it has not said.
+                    self._unsaid = said
+                    return
                 try:
                     token = chosen.send(sent)
                 except StopIteration:
                     return
+                said.append(token)
                 at_end = bool(llama_cpp.llama_vocab_is_eog(self._model.vocab, token))
                 if request is not None:
                     request.check()

@@ -156,6 +156,26 @@ def test_a_grammar_that_is_complete_ends_the_text(server: ServerProcess) -> None
     assert answer["choices"][0]["text"] == "ab" and answer["choices"][0]["finish_reason"] == "stop"
 
 
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_bytes_that_no_character_begins_with(stream: bool, server: ServerProcess) -> None:
+    """llama-cpp-python waits for the rest of the character, beyond max_tokens and beyond the context."""
+    for ids in ([0xEB], [0xF0], [0xC3, 65], [0xF5, 0xC0]):
+        bias = {str(token): 100 for token in ids}
+        body = {"prompt": "x", "max_tokens": 5, "logit_bias": bias, "stream": stream, "temperature": 1.0}
+        response = server.post("/v1/completions", body)
+        assert response.status_code == 200
+        if stream:
+            last = json.loads(response.text.split("data: ")[-2])
+            assert last["choices"][0]["finish_reason"] == "length" and last["timings"]["predicted_n"] == 5
+        else:
+            answer = response.json()
+            assert answer["choices"][0]["finish_reason"] == "length" and answer["usage"]["completion_tokens"] == 5
+            if 65 in ids:
+                assert "A" in answer["choices"][0]["text"]
+    characters = server.post("/v1/completions", {"prompt": "x", "max_tokens": 5, "grammar": 'root ::= "é€😀"'})
+    assert characters.json()["choices"][0]["text"] == "é€"
+
+
 def test_token_ids_outside_the_vocabulary(server: ServerProcess) -> None:
     for ids in ([-1], [288], [10**12], [1, 2, 1.5], [True], ["a", 1]):
         refused(server, "/v1/completions", {**COMPLETION, "prompt": ids}, named="prompt")
