@@ -328,7 +328,7 @@ def main(
     dtypes: Annotated[str, typer.Option(help="Comma-separated; fused:DTYPE for fused rows.")] = "f32,f16,bf16,q8_0",
     tokens: Annotated[str, typer.Option(help="Lengths of prompts, comma-separated.")] = "1024,4096",
     other: Annotated[int, typer.Option(help="Last tokens in which the other prompt differs.", min=1)] = 64,
-    repeats: Annotated[int, typer.Option(help="Warm runs of each case.", min=1)] = 5,
+    repeats: Annotated[int, typer.Option(help="Warm runs of each case.", min=1)] = 3,
     n_predict: Annotated[int, typer.Option("-n", "--n-predict", help="Tokens to compare.", min=1)] = 8,
     prompt_file: Annotated[Path | None, typer.Option(help="Other texts (.txt, .jsonl) than HumanEval's.")] = None,
     n_gpu_layers: Annotated[int, typer.Option("-ngl", "--gpu-layers", help="Blocks on the GPU; -1: all.")] = -1,
