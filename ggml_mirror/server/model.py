@@ -39,7 +39,7 @@ class Served(Llama):
     stats: DraftStats
     _pieces: dict[tuple[int, bool], bytes]
     _max_tokens: int | None = None  # of the completion that is made
-    _unsaid: list[int] = []  # noqa: RUF012; its tokens, if it was ended here and not by llama-cpp-python
+    _unsaid: Sequence[int] = ()  # its tokens, if it was ended here and not by llama-cpp-python
 
     def __init__(self, model_path: str, **options: Any) -> None:
         self._stack = ExitStack()  # Llama closes it, also if what comes before its own __init__ raises
