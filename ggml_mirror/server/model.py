@@ -20,6 +20,7 @@ from ..dflash import DFlashLlama
 from ..draft_stats import DraftStats
 from ..plain_llama import PlainLlama
 from .errors import RequestError
+from .gbnf import read_grammar
 from .memory import require_room
 from .request import current
 from .sampling import GuardedSampler, require_grammar, with_bias
@@ -186,9 +187,11 @@ class Served(Llama):
         if grammar is None:
             return super()._init_sampler(*args, **options)
         request = current.get()
-        require_grammar(
-            self._model.vocab, grammar._grammar, grammar._root, "grammar" if request is None else request.grammar_param
-        )
+        param = "grammar" if request is None else request.grammar_param
+        for text in read_grammar(grammar._grammar).tokens if "<" in grammar._grammar else ():
+            if len(self.tokenize(text.encode(), add_bos=False, special=True)) != 1:
+                raise RequestError(f"{param}: {text[:80]!r} is not one token of this model", param=param)
+        require_grammar(self._model.vocab, grammar._grammar, grammar._root, param)
         return GuardedSampler(super()._init_sampler(*args, **options), self._n_vocab)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import errno
 import ipaddress
 import logging
@@ -12,7 +13,7 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import uvicorn
@@ -29,6 +30,7 @@ from .state import ServerState
 
 log = logging.getLogger("ggml_mirror.server")
 
+_M_ARENA_MAX = -8  # glibc's malloc.h
 _GRACE_S = 5  # for requests that were cancelled to be answered
 
 
@@ -43,6 +45,7 @@ def serve(config: ServeConfig, *, verbose: bool = False) -> None:
         GgmlMirrorError: the address is taken, or the first model could not be loaded.
     """
     start_log(as_json=config.log_json, verbose=verbose)
+    _keep_memory_together()
     with _listening(config) as listeners:
         Run(config, listeners).run()
 
@@ -206,6 +209,12 @@ def _warn(host: str) -> None:
     log.warning(f"{host} can be reached from other machines and there is no key: everyone there can use this server.")
     log.warning("Set LLAMA_API_KEY or --api-key-file, or listen on 127.0.0.1.")
     log.warning("=" * 78)
+
+
+def _keep_memory_together() -> None:
+    """glibc gives threads memory of their own, and requests wander over threads: ten thousand of them left 10 MiB more behind."""
+    with suppress(AttributeError, OSError):  # another C library
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
 
 
 def _leave(code: int) -> Any:

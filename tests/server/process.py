@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -20,6 +21,8 @@ import openai
 
 #: With F32 weights, texts do not depend on how tokens are cut into batches: see tests/dflash/pair.py.
 EXACT = ("-fa", "off", "-ctk", "f32", "-ctv", "f32")
+
+_MOST_MEMORY = 16 << 30
 
 _START = "from ggml_mirror.cli import main; main()"
 
@@ -38,7 +41,14 @@ class ServerProcess:
         own += EXACT if threads and exact else ()
         command = [sys.executable, "-c", _START, "serve", "--port", "0", *own, *map(str, flags)]
         env = {name: value for name, value in os.environ.items() if name not in ("LLAMA_API_KEY", "CONFIG_FILE")}
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**env, **environment})
+        # A request that makes llama.cpp fill the memory is to end this process, not the machine's others.
+        self.process = subprocess.Popen(
+            command,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**env, **environment},
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (_MOST_MEMORY, _MOST_MEMORY)),
+        )
         self.lines: list[str] = []
         self._grown = threading.Condition()
         threading.Thread(target=self._read, daemon=True).start()

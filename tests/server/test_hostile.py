@@ -104,6 +104,12 @@ GRAMMARS = {
     + "".join(f'r{i} ::= r{i + 1} "a" | r{i + 1} "b"\n' for i in range(60))
     + 'r60 ::= "c"',
     "many repetitions": 'root ::= "a"{1000000000}',
+    "repetitions that count backwards": 'root ::= "a"{5,2}',
+    "a long text, often": 'root ::= "' + "a" * 1000 + '"{2000}',
+    "nothing, without end": 'root ::= ("a"?)*',
+    "nothing, without end, by another rule": 'root ::= "x" (a | "b")+\na ::= "c"?',
+    "left recursion behind what may be empty": 'root ::= ("é"{2,} | "t"*) root{1,3}',
+    "a text that is no token": "root ::= <no such token>",
     "huge": "root ::= " + '"a" ' * 100_000,
     "null character": 'root ::= "a"\0',
 }
@@ -112,7 +118,12 @@ GRAMMARS = {
 @pytest.mark.parametrize("text", GRAMMARS.values(), ids=GRAMMARS)
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 def test_grammars_that_would_end_the_process(text: str, stream: bool, server: ServerProcess) -> None:
+    start = len(server.lines)
     refused(server, "/v1/completions", {**COMPLETION, "grammar": text, "stream": stream}, named="grammar")
+    # llama.cpp prints what it cannot parse, whatever that is, beside the log's own lines.
+    server.post("/v1/completions", COMPLETION)
+    server.wait_for("status=200", after=start)
+    assert all(" INFO request " in line for line in server.lines[start:])
 
 
 SCHEMAS: dict[str, Any] = {
@@ -146,6 +157,14 @@ def test_schemas_that_cannot_be_enforced(schema: Any, server: ServerProcess) -> 
     tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
     body = {**CHAT, "tools": [tool], "tool_choice": {"type": "function", "function": {"name": "f"}}}
     refused(server, "/v1/chat/completions", body, named="tools[0]")
+
+
+def test_schemas_with_large_bounds(server: ServerProcess) -> None:
+    """They become as many parentheses inside one another."""
+    schema = {"type": "object", "properties": {"a": {"type": "string", "maxLength": 1000}}, "required": ["a"]}
+    wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    response = server.post("/v1/chat/completions", {**CHAT, "max_tokens": 16, "response_format": wanted})
+    assert response.status_code == 200 and response.json()["choices"][0]["message"]["content"].startswith("{")
 
 
 def test_a_grammar_that_is_complete_ends_the_text(server: ServerProcess) -> None:
