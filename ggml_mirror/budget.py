@@ -21,6 +21,7 @@ from .dtype import FeatureDtype
 from .errors import ArgumentError, BudgetError, DtypeError
 from .memory_parts import PairCosts, Part, Room, rooms, target_parts
 from .model_info import ModelInfo
+from .plan import largest
 from .row_kind import FUSED, RAW, parse_rows
 from .target_memory import measure
 
@@ -271,14 +272,7 @@ class _Search:
 
     def largest_window(self, dtype: FeatureDtype, margin: int | None = None) -> int:
         """The largest draft window, up to the one that was asked for, that fits; 0: none."""
-        low, high = 0, self.window
-        while low < high:
-            middle = (low + high + 1) // 2
-            if self.fits(dtype, middle, margin):
-                low = middle
-            else:
-                high = middle - 1
-        return low
+        return largest(self.window, lambda window: self.fits(dtype, window, margin))
 
     def refusal(self, dtype: FeatureDtype) -> BudgetError:
         window = self.largest_window(dtype)

@@ -421,7 +421,8 @@ def _size_of(params: Any) -> DraftBytes:
 
 def _with_advice(error: MirrorMemoryError, params: Any) -> MirrorMemoryError:
     """The same error with what would help."""
-    from .draft_memory import largest, room_elsewhere
+    from .draft_memory import room_elsewhere
+    from .plan import largest
 
     needed, free, asked = error.bytes_needed, error.bytes_free, params.window
 

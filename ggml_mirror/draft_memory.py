@@ -10,7 +10,7 @@ from .draft import DraftBytes, DraftSpec
 from .dtype import FeatureDtype
 from .errors import MirrorMemoryError
 from .mirror import mirror_size
-from .plan import device_bytes, fitting_dtypes
+from .plan import device_bytes, fitting_dtypes, largest
 from .row_kind import FUSED, RAW
 
 
@@ -81,18 +81,6 @@ def require_room(
         fitting_dtypes=dtypes,
         max_window=fits,
     )
-
-
-def largest(most: int, fits: Callable[[int], bool]) -> int:
-    """The largest number from 1 to ``most`` that fits, where larger ones fit less; 0: none."""
-    low, high = 0, most
-    while low < high:
-        middle = (low + high + 1) // 2
-        if fits(middle):
-            low = middle
-        else:
-            high = middle - 1
-    return low
 
 
 def room_elsewhere(index: int, needed: int) -> list[str]:

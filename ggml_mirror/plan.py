@@ -5,7 +5,7 @@ Every figure comes from :func:`ggml_mirror.mirror.mirror_size`, the function tha
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,7 @@ __all__ = [
     "device_bytes",
     "fitting_dtypes",
     "format_bytes",
+    "largest",
     "largest_cap",
     "parse_bytes",
     "plan",
@@ -222,10 +223,16 @@ def largest_cap(
     def size(cap: int) -> MirrorSize:
         return mirror_size(taps, n_embd, cap, dtype, device.index, ggml_ops=ggml_ops)
 
-    low, high = 0, min(max(bytes_free, 0) // size(1).row, MAX_CAP)
+    most = min(max(bytes_free, 0) // size(1).row, MAX_CAP)
+    return largest(most, lambda cap: device_bytes(size(cap), device) <= bytes_free)
+
+
+def largest(most: int, fits: Callable[[int], bool]) -> int:
+    """The largest number from 1 to ``most`` that fits, where larger ones fit less; 0: none."""
+    low, high = 0, most
     while low < high:
         middle = (low + high + 1) // 2
-        if device_bytes(size(middle), device) <= bytes_free:
+        if fits(middle):
             low = middle
         else:
             high = middle - 1
