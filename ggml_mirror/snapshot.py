@@ -61,6 +61,22 @@ class SnapshotHeader:
     draft: str | None
     format_version: int = FORMAT_VERSION
 
+    @classmethod
+    def of(cls, mirror: FeatureMirror, positions: npt.NDArray[np.int64]) -> SnapshotHeader:
+        """Of rows of these positions, ascending, as the mirror stores them."""
+        return cls(
+            rows=mirror.rows,
+            dtype=mirror.dtype.value,
+            taps=mirror.taps,
+            n_embd=mirror.n_embd,
+            cap=mirror.cap,
+            row_bytes=mirror.row_nbytes,
+            first_position=int(positions[0]) if len(positions) else -1,
+            count=len(positions),
+            target=mirror.target,
+            draft=mirror.draft,
+        )
+
     def to_metadata(self) -> dict[str, str]:
         values = {name: "" if value is None else str(value) for name, value in asdict(self).items()}
         return {"format": FORMAT, **values}
@@ -147,18 +163,7 @@ class Snapshot:
                     ffi.cast("uint8_t *", rows.ctypes.data),
                 )
             )
-            header = SnapshotHeader(
-                rows=mirror.rows,
-                dtype=mirror.dtype.value,
-                taps=mirror.taps,
-                n_embd=mirror.n_embd,
-                cap=mirror.cap,
-                row_bytes=mirror.row_nbytes,
-                first_position=int(positions[0]) if len(positions) else -1,
-                count=len(positions),
-                target=mirror.target,
-                draft=mirror.draft,
-            )
+            header = SnapshotHeader.of(mirror, positions)
         return cls(header, positions, masks, rows)
 
     def put(self, mirror: FeatureMirror) -> None:

@@ -106,22 +106,9 @@ class CachedModel:
         first = max(n_tokens - mirror.cap, entry.coverage.first_row)
         rows = entry.rows[max(first - entry.coverage.first_row, 0) : max(n_tokens - entry.coverage.first_row, 0)]
         count = len(rows)
-        header = SnapshotHeader(
-            rows=mirror.rows,
-            dtype=mirror.dtype.value,
-            taps=mirror.taps,
-            n_embd=mirror.n_embd,
-            cap=mirror.cap,
-            row_bytes=mirror.row_nbytes,
-            first_position=first if count else -1,
-            count=count,
-            target=mirror.target,
-            draft=mirror.draft,
-        )
-        positions, masks = (
-            np.arange(first, first + count, dtype=np.int64),
-            np.full(count, (1 << mirror.taps) - 1, np.uint64),
-        )
+        positions = np.arange(first, first + count, dtype=np.int64)
+        masks = np.full(count, (1 << mirror.taps) - 1, np.uint64)
+        header = SnapshotHeader.of(mirror, positions)
         state.mirror = Snapshot(header, positions, masks, rows.reshape(count, mirror.row_nbytes))
         state.first_cut = entry.coverage.first_cut
         state.n_prompt, state.n_exact = entry.coverage.n_prompt, n_tokens
