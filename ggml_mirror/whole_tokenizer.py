@@ -13,6 +13,8 @@ from llama_cpp.llama_tokenizer import LlamaTokenizer
 class WholeTokenizer(LlamaTokenizer):
     """As llama-cpp-python's own, which reads 32 bytes of a token and loses those that have more: deep indentation, long rules.
 
+    ``piece(token, special)`` is the text of one token.
+
     Example::
 
         llm.tokenizer_ = WholeTokenizer(llm)
@@ -20,10 +22,10 @@ class WholeTokenizer(LlamaTokenizer):
 
     def __init__(self, llm: Llama) -> None:
         super().__init__(llm)
-        self._piece = lru_cache(maxsize=None)(self._read_piece)
+        self.piece = lru_cache(maxsize=None)(self._read_piece)
 
     def detokenize(self, tokens: list[int], prev_tokens: list[int] | None = None, special: bool = False) -> bytes:
-        joined = b"".join(self._piece(token, special) for token in tokens)
+        joined = b"".join(self.piece(token, special) for token in tokens)
         # As the base class: a space that the tokenizer put behind the beginning of the sequence.
         begins = bool(tokens) and tokens[0] == self._model.token_bos() and joined[:1] == b" "
         return joined[1:] if begins else joined

@@ -6,7 +6,6 @@ a request hang there and on ``generate`` and ``eval`` beneath it.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack
 from itertools import islice
@@ -19,6 +18,7 @@ from llama_cpp.llama_tokenizer import LlamaTokenizer
 from ..dflash import DFlashLlama
 from ..draft_stats import DraftStats
 from ..plain_llama import PlainLlama
+from ..whole_tokenizer import WholeTokenizer
 from .errors import RequestError
 from .gbnf import read_grammar
 from .memory import require_room
@@ -38,14 +38,14 @@ class Served(Llama):
     settings: ServedModelSettings
     cache_ram: int
     stats: DraftStats
-    _pieces: dict[tuple[int, bool], bytes]
+    _whole: WholeTokenizer
     _max_tokens: int | None = None  # of the completion that is made
     _unsaid: Sequence[int] = ()  # its tokens, if it was ended here and not by llama-cpp-python
 
     def __init__(self, model_path: str, **options: Any) -> None:
         self._stack = ExitStack()  # Llama closes it, also if what comes before its own __init__ raises
         super().__init__(model_path, **self._arguments(model_path, options))
-        self._pieces = {}
+        self._whole = WholeTokenizer(self)
         _check_chat_format(self)
 
     def _arguments(self, model_path: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -139,28 +139,15 @@ class Served(Llama):
             return theirs
         request = current.get()
         if request is None or special or len(tokens) < _LONG:
-            text = b"".join([self._piece(token, special) for token in tokens])
+            text = b"".join([self._whole.piece(token, special) for token in tokens])
         else:
             # After each token the text of all is asked for, of the same list: what was added to it is read.
             if request.text_of is not tokens or len(tokens) < request.text_n:
                 request.text_of, request.text_n, request.text = tokens, 0, bytearray()
             for token in tokens[request.text_n :]:
-                request.text += self._piece(token, special)
+                request.text += self._whole.piece(token, special)
             request.text_n, text = len(tokens), bytes(request.text)
         return text[1:] if tokens and tokens[0] == self.token_bos() and text[:1] == b" " else text
-
-    def _piece(self, token: int, special: bool) -> bytes:
-        known = self._pieces.get((token, special))
-        if known is None:
-            size = 32
-            while True:
-                buffer = ctypes.create_string_buffer(size)
-                n = llama_cpp.llama_token_to_piece(self._model.vocab, token, buffer, size, 0, special)
-                if n >= 0:
-                    break
-                size = -n
-            known = self._pieces[token, special] = buffer.raw[:n]
-        return known
 
     def eval(self, tokens: Sequence[int]) -> None:
         """As the base class; between batches a cancelled request ends."""
