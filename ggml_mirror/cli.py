@@ -51,6 +51,28 @@ JsonOption = Annotated[
         "--json", metavar="[FILE]", help="Write JSON to FILE; without FILE to standard output, and nothing else."
     ),
 ]
+
+#: Flags of more than one command.
+_FEATURE_DTYPE = typer.Option(
+    metavar="DTYPE",
+    help="How the mirror stores rows; auto: the most precise of f32, bf16, q8_0 that leaves the memory margin. "
+    "Default: DFLASH_FEATURE_DTYPE, else f32.",
+)
+_MEMORY_MARGIN = typer.Option(
+    metavar="BYTES",
+    help="What auto leaves free, as 512MiB. Default: 5 % of the device's memory, at most 1 GiB.",
+)
+_FEATURE_ROWS = typer.Option(
+    "--feature-rows", metavar="raw|fused", help="What the mirror holds; fused: what the draft makes of rows."
+)
+_DRAFT_KV = typer.Option(
+    "--draft-kv", metavar="TYPE", help="Of the draft's keys and values: f16, q8_0, or off: none are kept."
+)
+_DRAFT_WINDOW = typer.Option(help="Context rows that the draft attends to. Default: 4096.")
+_CTX_SIZE = typer.Option("-c", "--ctx-size", help="Context; 0: the model's. Default: the model's, at most 4096.")
+_GPU_LAYERS = typer.Option("-ngl", "--gpu-layers", "--n-gpu-layers", help="Blocks on the GPU; all or -1: all.")
+_KV_OFFLOAD = typer.Option("-kvo/-nkvo", "--kv-offload/--no-kv-offload", help="Keep the KV cache on the GPU.")
+
 DtypesOption = Annotated[
     str | None,
     typer.Option(
@@ -101,7 +123,7 @@ def probe(
     ] = 32,
     n_ctx: Annotated[
         int | None,
-        typer.Option("-c", "--ctx-size", help="Context; 0: the model's. Default: the model's, at most 4096."),
+        _CTX_SIZE,
     ] = None,
     n_batch: Annotated[int, typer.Option("-b", "--batch-size")] = 2048,
     n_ubatch: Annotated[int, typer.Option("-ub", "--ubatch-size")] = 512,
@@ -335,34 +357,21 @@ def run(
     system: Annotated[str | None, typer.Option("-sys", "--system-prompt", help="The system prompt.")] = None,
     feature_dtype: Annotated[
         str | None,
-        typer.Option(
-            metavar="DTYPE",
-            help="How the mirror stores rows; auto: the most precise of f32, bf16, q8_0 that leaves the memory margin. "
-            "Default: DFLASH_FEATURE_DTYPE, else f32.",
-        ),
+        _FEATURE_DTYPE,
     ] = None,
     memory_margin: Annotated[
         str | None,
-        typer.Option(
-            metavar="BYTES",
-            help="What auto leaves free, as 512MiB. Default: 5 % of the device's memory, at most 1 GiB.",
-        ),
+        _MEMORY_MARGIN,
     ] = None,
     feature_rows: Annotated[
         str,
-        typer.Option(
-            "--feature-rows", metavar="raw|fused", help="What the mirror holds; fused: what the draft makes of rows."
-        ),
+        _FEATURE_ROWS,
     ] = "raw",
     draft_kv: Annotated[
         str,
-        typer.Option(
-            "--draft-kv", metavar="TYPE", help="Of the draft's keys and values: f16, q8_0, or off: none are kept."
-        ),
+        _DRAFT_KV,
     ] = "f16",
-    draft_window: Annotated[
-        int | None, typer.Option(help="Context rows that the draft attends to. Default: 4096.")
-    ] = None,
+    draft_window: Annotated[int | None, _DRAFT_WINDOW] = None,
     draft_device: Annotated[
         str,
         typer.Option(
@@ -380,7 +389,7 @@ def run(
     ] = None,
     n_ctx: Annotated[
         int | None,
-        typer.Option("-c", "--ctx-size", help="Context; 0: the model's. Default: the model's, at most 4096."),
+        _CTX_SIZE,
     ] = None,
     n_predict: Annotated[
         int,
@@ -398,15 +407,11 @@ def run(
     n_ubatch: Annotated[int, typer.Option("-ub", "--ubatch-size")] = 512,
     n_threads: Annotated[int | None, typer.Option("-t", "--threads")] = None,
     n_threads_batch: Annotated[int | None, typer.Option("-tb", "--threads-batch", help="Default: as -t.")] = None,
-    n_gpu_layers: Annotated[
-        str, typer.Option("-ngl", "--gpu-layers", "--n-gpu-layers", help="Blocks on the GPU; all or -1: all.")
-    ] = "all",
+    n_gpu_layers: Annotated[str, _GPU_LAYERS] = "all",
     flash_attn: Annotated[str, typer.Option("-fa", "--flash-attn", metavar="on|off")] = "on",
     type_k: Annotated[str, typer.Option("-ctk", "--cache-type-k", metavar="TYPE", help="Of the KV cache.")] = "f16",
     type_v: Annotated[str, typer.Option("-ctv", "--cache-type-v", metavar="TYPE")] = "f16",
-    offload_kqv: Annotated[
-        bool, typer.Option("-kvo/-nkvo", "--kv-offload/--no-kv-offload", help="Keep the KV cache on the GPU.")
-    ] = True,
+    offload_kqv: Annotated[bool, _KV_OFFLOAD] = True,
     use_mmap: Annotated[
         bool, typer.Option("--mmap/--no-mmap", help="Map the model's file rather than read it.")
     ] = True,
@@ -531,34 +536,21 @@ def serve(
     ] = None,
     feature_dtype: Annotated[
         str | None,
-        typer.Option(
-            metavar="DTYPE",
-            help="How the mirror stores rows; auto: the most precise of f32, bf16, q8_0 that leaves the memory margin. "
-            "Default: DFLASH_FEATURE_DTYPE, else f32.",
-        ),
+        _FEATURE_DTYPE,
     ] = None,
     memory_margin: Annotated[
         str | None,
-        typer.Option(
-            metavar="BYTES",
-            help="What auto leaves free, as 512MiB. Default: 5 % of the device's memory, at most 1 GiB.",
-        ),
+        _MEMORY_MARGIN,
     ] = None,
     feature_rows: Annotated[
         str | None,
-        typer.Option(
-            "--feature-rows", metavar="raw|fused", help="What the mirror holds; fused: what the draft makes of rows."
-        ),
+        _FEATURE_ROWS,
     ] = None,
     draft_kv: Annotated[
         str | None,
-        typer.Option(
-            "--draft-kv", metavar="TYPE", help="Of the draft's keys and values: f16, q8_0, or off: none are kept."
-        ),
+        _DRAFT_KV,
     ] = None,
-    draft_window: Annotated[
-        int | None, typer.Option(help="Context rows that the draft attends to. Default: 4096.")
-    ] = None,
+    draft_window: Annotated[int | None, _DRAFT_WINDOW] = None,
     draft_device: Annotated[
         str | None, typer.Option("-devd", "--spec-draft-device", metavar="NAME", help="Device of draft and mirror.")
     ] = None,
@@ -567,7 +559,7 @@ def serve(
     ] = None,
     n_ctx: Annotated[
         int | None,
-        typer.Option("-c", "--ctx-size", help="Context; 0: the model's. Default: the model's, at most 4096."),
+        _CTX_SIZE,
     ] = None,
     n_predict: Annotated[
         int | None, typer.Option("-n", "--predict", "--n-predict", help="Most tokens of a completion. -1: no limit.")
@@ -576,9 +568,7 @@ def serve(
     n_ubatch: Annotated[int | None, typer.Option("-ub", "--ubatch-size")] = None,
     n_threads: Annotated[int | None, typer.Option("-t", "--threads")] = None,
     n_threads_batch: Annotated[int | None, typer.Option("-tb", "--threads-batch")] = None,
-    n_gpu_layers: Annotated[
-        str | None, typer.Option("-ngl", "--gpu-layers", "--n-gpu-layers", help="Blocks on the GPU; all or -1: all.")
-    ] = None,
+    n_gpu_layers: Annotated[str | None, _GPU_LAYERS] = None,
     flash_attn: Annotated[
         str | None, typer.Option("-fa", "--flash-attn", metavar="on|off", help="Default: on if there is a draft.")
     ] = None,
@@ -586,9 +576,7 @@ def serve(
         str | None, typer.Option("-ctk", "--cache-type-k", metavar="TYPE", help="Of the KV cache.")
     ] = None,
     type_v: Annotated[str | None, typer.Option("-ctv", "--cache-type-v", metavar="TYPE")] = None,
-    offload_kqv: Annotated[
-        bool | None, typer.Option("-kvo/-nkvo", "--kv-offload/--no-kv-offload", help="Keep the KV cache on the GPU.")
-    ] = None,
+    offload_kqv: Annotated[bool | None, _KV_OFFLOAD] = None,
     use_mlock: Annotated[bool | None, typer.Option("--mlock/--no-mlock", help="Keep the model in RAM.")] = None,
     use_mmap: Annotated[bool | None, typer.Option("--mmap/--no-mmap")] = None,
     split_mode: Annotated[str | None, typer.Option("-sm", "--split-mode", metavar="none|layer|row")] = None,
