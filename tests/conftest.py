@@ -41,6 +41,12 @@ def demo_target() -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def demo_draft() -> Path:
+    """The demo's draft, which the checkout has."""
+    return Path(__file__).parents[1] / "models" / "smollm2-135m-instruct-dflash-q8_0.gguf"
+
+
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
     """Runs a command in this process."""

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
+from dflash.conftest import name
 from dflash.pair import _EXACT, TARGETS, Pair
 
 from ggml_mirror.chat.conversation import Chat, Sampling
 from ggml_mirror.plain_llama import PlainLlama
 
-MODELS = Path(__file__).parents[2] / "models"
+__all__ = ["name", "pair"]
 
 
 class ChatPair(Pair):
@@ -36,14 +36,3 @@ def say(chat: Chat, text: str) -> str:
 @pytest.fixture(scope="session")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> ChatPair:
     return ChatPair(tmp_path_factory.mktemp("chat"))
-
-
-@pytest.fixture(params=list(TARGETS))
-def name(request: pytest.FixtureRequest) -> str:
-    """Each architecture and way of rolling back."""
-    return str(request.param)
-
-
-@pytest.fixture(scope="session")
-def demo_draft() -> Path:
-    return MODELS / "smollm2-135m-instruct-dflash-q8_0.gguf"

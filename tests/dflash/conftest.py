@@ -1,8 +1,6 @@
-"""The tiny pair and the demo pair."""
+"""The tiny pair, on each target."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import pytest
 
@@ -18,8 +16,3 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
 def name(request: pytest.FixtureRequest) -> str:
     """Each architecture and way of rolling back."""
     return str(request.param)
-
-
-@pytest.fixture(scope="session")
-def demo_draft() -> Path:
-    return Path(__file__).parents[2] / "models" / "smollm2-135m-instruct-dflash-q8_0.gguf"

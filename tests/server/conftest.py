@@ -27,7 +27,6 @@ def server(tiny: tuple[Path, Path]) -> Iterator[ServerProcess]:
 
 
 @pytest.fixture(scope="session")
-def demo_server(demo_target: Path) -> Iterator[ServerProcess]:
-    draft = Path(__file__).parents[2] / "models" / "smollm2-135m-instruct-dflash-q8_0.gguf"
-    with ServerProcess("-m", demo_target, "-md", draft, "--feature-dtype", "q8_0", exact=False) as running:
+def demo_server(demo_target: Path, demo_draft: Path) -> Iterator[ServerProcess]:
+    with ServerProcess("-m", demo_target, "-md", demo_draft, "--feature-dtype", "q8_0", exact=False) as running:
         yield running
