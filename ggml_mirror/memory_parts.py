@@ -134,7 +134,7 @@ class PairCosts:
                     staging_bytes(self.spec, self.staging, self.device),
                     "f32, a micro-batch",
                 ),
-                Part("mirror_staging", "mirror staging", here, size.staging, at_most=True),
+                _staging(here, size.staging),
                 Part("mirror_bookkeeping", "mirror bookkeeping", find_device("cpu").name, size.bookkeeping),
             ]
         return _present(parts)
@@ -156,5 +156,11 @@ def _detail(b: BufferBytes, what: str) -> str:
     return ", ".join(text for text in (what, "" if b.buffer == b.device else b.buffer) if text)
 
 
+def _staging(device: str, size: int) -> Part:
+    note = "" if size else "none: rows go straight into the ring"
+    return Part("mirror_staging", "mirror staging", device, size, note, at_most=size > 0)
+
+
 def _present(parts: Sequence[Part]) -> tuple[Part, ...]:
-    return tuple(part for part in parts if part.bytes)
+    """Those that take memory; staging is named without it too, since people look for it."""
+    return tuple(part for part in parts if part.bytes or part.id == "mirror_staging")
