@@ -104,10 +104,20 @@ def _root(
 @app.command(no_args_is_help=True)
 def probe(
     model: Annotated[Path, typer.Option("-m", "--model", metavar="GGUF", help="The target model.")],
+    draft: Annotated[
+        Path | None,
+        typer.Option(
+            "-md", "--model-draft", metavar="GGUF", help="A DFlash draft of it: its taps, and what makes fused rows."
+        ),
+    ] = None,
+    rows: Annotated[
+        str, typer.Option("--feature-rows", metavar="raw|fused", help="fused: as the draft's first step leaves them.")
+    ] = "raw",
     taps: Annotated[
         str | None,
         typer.Option(
-            metavar="LIST", help="0-based blocks whose outputs are taken, as 1,8,14,20,27. Default: DFlash's five."
+            metavar="LIST",
+            help="0-based blocks whose outputs are taken, as 1,8,14,20,27. Default: the draft's, or DFlash's five.",
         ),
     ] = None,
     prompts: Annotated[
@@ -140,13 +150,15 @@ def probe(
     """Measure every dtype on the features of a real model.
 
     Runs prompts through the model, captures the outputs of the tapped blocks into one mirror per dtype, and reports
-    memory, signal-to-noise, outliers and time. No draft is needed.
+    memory, signal-to-noise, outliers and time. A draft is needed for fused rows only.
 
     [bold]Examples[/]
 
     ggml-mirror probe -m model.gguf
 
     ggml-mirror probe -m model.gguf --dtypes f32,bf16,q8_0 --plot probe.png --json probe.json
+
+    ggml-mirror probe -m model.gguf -md draft.gguf --feature-rows fused
 
     ggml-mirror probe -m model.gguf --prompts HumanEval.jsonl --style chat -ngl 99 --device CUDA0
     """
@@ -161,6 +173,8 @@ def probe(
     with _progress() as progress:
         report = run(
             model,
+            draft=draft,
+            rows=rows,
             taps=layers,
             prompts=DEFAULT_PROMPTS if prompts is None else read_prompts(prompts),
             dtypes=_names(dtypes),

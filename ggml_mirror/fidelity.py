@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 F16_MAX = 65504.0
+_BLOCK = 32  # of ggml's quantised types
 _REPLACED = np.finfo(np.float32).max  # what a mirror stores for an infinity in F32
 
 Rows = npt.NDArray[np.float32]
@@ -77,24 +78,28 @@ class SnrMeter:
 
 @dataclass(frozen=True)
 class TapProfile:
-    """What one tap's features look like, as the model computed them.
+    """What one tap's features, or fused rows, look like before they are stored.
 
     Attributes:
-        layer: block index.
+        layer: block index; None for fused rows.
         abs_max: largest finite ``|x|``.
         over_f16: finite values with ``|x|`` > 65504, which F16 cannot hold.
         nan, inf: values that are not finite.
         top_channel: the channel with the most energy.
         top_channel_energy: its part of the tap's energy, 0..1.
+        crest: largest values of blocks of 32 over the root mean square, ``sqrt(32 sum max^2 / sum x^2)`` of a row, median over
+            rows. A block format's step is in proportion to that largest value. 1: all values alike; 2.4: normally distributed;
+            5.7: one value holds all energy. 0 if the width is not a multiple of 32.
     """
 
-    layer: int
+    layer: int | None
     abs_max: float
     over_f16: int
     nan: int
     inf: int
     top_channel: int
     top_channel_energy: float
+    crest: float
 
 
 class TapMeter:
@@ -104,6 +109,7 @@ class TapMeter:
         self._energy = np.zeros(n_embd)
         self._abs_max = 0.0
         self._over = 0
+        self._crests: list[npt.NDArray[np.float64]] = []
 
     def add(self, rows: Rows) -> None:
         """Take rows ``[n, n_embd]`` as an F32 mirror gives them back, so without NaN and infinity."""
@@ -112,13 +118,20 @@ class TapMeter:
         self._abs_max = max(self._abs_max, float(size.max(initial=0.0)))
         self._over += int(np.count_nonzero(size > F16_MAX))
         self._energy += np.einsum("ij,ij->j", rows, rows, dtype=np.float64)
+        if rows.shape[1] % _BLOCK == 0:
+            peaks = size.reshape(len(size), -1, _BLOCK).max(axis=2).astype(np.float64)
+            energy = np.einsum("ij,ij->i", size, size, dtype=np.float64)
+            some = energy > 0
+            self._crests.append(np.sqrt(_BLOCK * np.einsum("ij,ij->i", peaks, peaks)[some] / energy[some]))
 
-    def result(self, layer: int, *, nan: int, inf: int) -> TapProfile:
+    def result(self, layer: int | None, *, nan: int, inf: int) -> TapProfile:
         """``nan`` and ``inf`` come from the mirror's own count: they were replaced when the rows were stored."""
         top = int(self._energy.argmax())
         total = float(self._energy.sum())
         share = float(self._energy[top]) / total if total else 0.0
-        return TapProfile(layer, self._abs_max, self._over, nan, inf, top, share)
+        crests = np.concatenate(self._crests) if self._crests else np.zeros(0)
+        crest = float(np.median(crests)) if crests.size else 0.0
+        return TapProfile(layer, self._abs_max, self._over, nan, inf, top, share, crest)
 
 
 def _same_bits(a: Rows, b: Rows) -> bool:

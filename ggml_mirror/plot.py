@@ -73,10 +73,10 @@ def draw(report: ProbeReport) -> Any:
         axes.set_ylim(min(0.0, *lows), max(ys) * 1.15)
     axes.set_xlabel(f"memory at the full context of {info.n_ctx_train:,} tokens ({unit}, log scale)", color=_INK)
     axes.set_ylabel("signal-to-noise of a row (dB)", color=_INK)
-    taps = ", ".join(str(tap.layer) for tap in report.taps)
+    taps = ", ".join(map(str, report.layers))
     axes.set_title(f"Feature mirror of {info.name}", loc="left", color=_INK, fontsize=13, fontweight="bold", pad=24)
     subtitle = (
-        f"{len(report.taps)} x {info.n_embd} values a row, taps {taps}; {report.rows:,} rows; "
+        f"{report.width:,} values a {report.row_kind} row, taps {taps}; {report.rows:,} rows; "
         "dot: median, bar: down to the 5th percentile"
     )
     axes.text(0, 1.02, subtitle, transform=axes.transAxes, color=_INK, fontsize=8.5, va="bottom")

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .capture import capture
+from .capture import Hook, capture
 from .device import Device, find_device
+from .draft import Draft, DraftSpec
+from .draft_memory import row_shape
 from .dtype import FeatureDtype
 from .errors import ArgumentError, DtypeError, ModelFileError
 from .fidelity import SnrMeter, TapMeter, TapProfile
@@ -19,6 +22,10 @@ from .plan import usable_dtypes
 from .probe_report import DtypeReport, ProbeReport, Speed
 from .prompt_run import BOTH, DECODE, PREFILL, STYLES, load, make_jobs, run_job
 from .prompts import DEFAULT_PROMPTS, Prompt
+from .row_kind import FUSED, RAW, parse_rows
+
+if TYPE_CHECKING:
+    from llama_cpp import Llama
 
 DEFAULT_N_CTX = 4096
 _CHUNK = 512  # rows read and compared at once
@@ -32,6 +39,8 @@ Progress = Callable[[int, int, str], None]
 def probe(
     model: str | Path,
     *,
+    draft: str | Path | None = None,
+    rows: str = RAW,
     taps: Sequence[int] | None = None,
     prompts: Sequence[Prompt] = DEFAULT_PROMPTS,
     dtypes: Sequence[str | FeatureDtype] | None = None,
@@ -49,10 +58,12 @@ def probe(
     """Run ``prompts`` through ``model`` and measure each dtype on the features that it computes.
 
     The features are captured in one pass into one mirror per dtype and into one more F32 mirror, the reference that
-    every dtype, F32 included, is compared with.
+    every dtype, F32 included, is compared with. Fused rows are made of that reference, by the draft, after each prompt.
 
     Args:
-        taps: 0-based blocks whose outputs are taken; default :func:`~ggml_mirror.model_info.default_taps`.
+        draft: a DFlash draft of the model: its taps are taken, and its projection makes fused rows.
+        rows: "raw" or "fused", which needs ``draft``.
+        taps: 0-based blocks whose outputs are taken; default the draft's, or :func:`~ggml_mirror.model_info.default_taps`.
         dtypes: default: all that fit the model's width and that ``device`` can both capture and read.
         style: "raw", "chat" (wrapped in the model's own template) or "both".
         n_predict: tokens decoded greedily after each prompt, fewer if the model ends its text.
@@ -68,10 +79,12 @@ def probe(
     info = ModelInfo.read(model)
     if info.is_draft:
         raise ModelFileError(f"{info.path}: a draft; the features are those of its target, so probe that")
-    layers = _checked_taps(taps, info)
+    spec = _draft_spec(draft, info, parse_rows(rows), taps)
+    layers = _checked_taps(taps, info) if spec is None else spec.taps
     _check_options(prompts, style, n_predict, n_ctx, n_batch, n_ubatch, n_threads)
     where = find_device(device)
-    chosen, notes = _chosen_dtypes(dtypes, info.n_embd, where)
+    n_taps, n_embd = (len(layers), info.n_embd) if spec is None else row_shape(spec, rows)
+    chosen, notes = _chosen_dtypes(dtypes, n_embd, where)
     n_ctx = min(info.n_ctx_train, DEFAULT_N_CTX) if n_ctx is None else n_ctx or info.n_ctx_train
     if n_ctx <= n_predict:
         raise ArgumentError(
@@ -93,31 +106,41 @@ def probe(
         jobs, more = make_jobs(llm, prompts, style, limit=n_ctx - n_predict)
         notes += more
         cap = max(len(job.tokens) for job in jobs) + n_predict
-        mirrors = [
-            stack.enter_context(
-                FeatureMirror(
-                    taps=len(layers),
-                    n_embd=info.n_embd,
-                    cap=cap,
-                    dtype=dtype,
-                    device=where.name,
-                    n_threads=n_threads or 0,
-                )
+
+        def mirror(dtype: FeatureDtype, taps: int, n_embd: int, rows: str) -> FeatureMirror:
+            made = FeatureMirror(
+                taps=taps,
+                n_embd=n_embd,
+                cap=cap,
+                dtype=dtype,
+                device=where.name,
+                n_threads=n_threads or 0,
+                rows=rows,
             )
-            for dtype in (FeatureDtype.F32, *chosen)
-        ]
-        for mirror in mirrors:
-            _warm_up(mirror)
+            _warm_up(stack.enter_context(made))
+            return made
+
+        mirrors = [mirror(dtype, n_taps, n_embd, rows) for dtype in (FeatureDtype.F32, *chosen)]
+        sinks = mirrors if rows == RAW else [mirror(FeatureDtype.F32, len(layers), info.n_embd, RAW)]
+        fuse = None
+        if spec is not None and rows == FUSED:
+            fuse = stack.enter_context(_draft(llm, spec, where, n_threads)).fuse
         meters = _Meters(mirrors, info)
-        with capture(llm, mirrors, layers):
+        with capture(llm, sinks, layers):
             runs = []
             total = sum(len(job.tokens) + n_predict for job in jobs)
             done = 0
             for job in jobs:
                 if progress:
                     progress(done, total, f"{job.name}, {job.style}")
-                run = run_job(llm, job, n_predict, meters.phase)
-                meters.compare(run.prompt_tokens + run.generated_tokens)
+                run = run_job(llm, job, n_predict, meters.phase if fuse is None else _untimed)
+                count = run.prompt_tokens + run.generated_tokens
+                if fuse is not None:
+                    with meters.phase(PREFILL, count):
+                        for fused in mirrors:
+                            fuse(sinks[0], fused, start=0, count=count)
+                    sinks[0].clear()
+                meters.compare(count)
                 runs.append(run)
                 done += len(job.tokens) + n_predict
             if progress:
@@ -128,8 +151,11 @@ def probe(
             n_ctx=n_ctx,
             rows=meters.rows,
             dtypes=meters.dtype_reports(),
-            taps=meters.tap_profiles(layers),
+            taps=meters.tap_profiles(layers if rows == RAW else (None,)),
             runs=tuple(runs),
+            width=n_taps * n_embd,
+            row_kind=rows,
+            layers=tuple(layers),
             notes=tuple(notes),
         )
 
@@ -143,7 +169,7 @@ class _Meters:
         self.rows = 0
         self._row = [SnrMeter() for _ in self.stored]
         self._taps = [[SnrMeter() for _ in range(self.reference.taps)] for _ in self.stored]
-        self._profiles = [TapMeter(info.n_embd) for _ in range(self.reference.taps)]
+        self._profiles = [TapMeter(self.reference.n_embd) for _ in range(self.reference.taps)]
         self._captured: dict[str, list[list[Call]]] = {phase: [[] for _ in self.stored] for phase in (PREFILL, DECODE)}
         self._read: list[list[Call]] = [[] for _ in self.stored]
 
@@ -192,12 +218,47 @@ class _Meters:
             read=Speed.of(self._read[index], moved),
         )
 
-    def tap_profiles(self, layers: Sequence[int]) -> tuple[TapProfile, ...]:
+    def tap_profiles(self, layers: Sequence[int | None]) -> tuple[TapProfile, ...]:
         stats = [self.reference.tap_stats(tap) for tap in range(len(layers))]
         return tuple(
             profile.result(layer, nan=s.nan, inf=s.inf)
             for profile, layer, s in zip(self._profiles, layers, stats, strict=True)
         )
+
+
+def _draft_spec(path: str | Path | None, info: ModelInfo, rows: str, taps: Sequence[int] | None) -> DraftSpec | None:
+    if path is None:
+        if rows == FUSED:
+            raise ArgumentError("fused rows are made by a draft's projection: name the draft (-md)")
+        return None
+    if taps is not None:
+        raise ArgumentError("the draft says which blocks are tapped; leave the taps out")
+    return DraftSpec.read(path, info)
+
+
+@contextmanager
+def _untimed(name: str, rows: int) -> Iterator[None]:
+    yield  # fused rows are stored afterwards
+
+
+@contextmanager
+def _draft(llm: Llama, spec: DraftSpec, device: Device, n_threads: int | None) -> Iterator[Draft]:
+    hook = Hook.of(llm)
+    draft = Draft(
+        spec,
+        n_vocab=llm.n_vocab(),
+        tok_embd=hook.tok_embd,
+        output=hook.output,
+        device_index=device.index,
+        window=1,
+        n_threads=n_threads or 0,
+        rows=FUSED,
+        kv="off",
+    )
+    try:
+        yield draft
+    finally:
+        draft.close()
 
 
 def _checked_taps(taps: Sequence[int] | None, info: ModelInfo) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .byte_size import format_bytes
+from .row_kind import RAW
 
 if TYPE_CHECKING:
     from .doctor import Diagnosis
@@ -106,11 +107,11 @@ def print_doctor(diagnosis: Diagnosis, console: Console) -> None:
 def print_probe(report: ProbeReport, console: Console) -> None:
     """The probe's tables: memory and fidelity, speed, and the features per tap."""
     info = report.model
-    layers = ", ".join(str(tap.layer) for tap in report.taps)
+    layers = ", ".join(map(str, report.layers))
     console.print(
         f"[bold]{escape(info.name)}[/] "
         f"({escape(info.arch)}, {info.n_layer} blocks x {info.n_embd}, context {info.n_ctx_train:,})\n"
-        f"taps {layers}; {report.rows:,} rows of {report.width:,} values from {len(report.runs)} runs; "
+        f"taps {layers}; {report.rows:,} {report.row_kind} rows of {report.width:,} values from {len(report.runs)} runs; "
         f"mirrors on {report.device.name} ({escape(report.device.description)})\n"
     )
 
@@ -124,14 +125,16 @@ def print_probe(report: ProbeReport, console: Console) -> None:
         table.add_row(*cells, _snr(d.snr), _db(d.snr.p5), f"{sum(d.clamped):,}")
     console.print(table)
 
-    table = _table("Signal-to-noise per tap (dB, median)")
-    _columns(table, "dtype", *(f"tap {tap.layer}" for tap in report.taps))
-    for d in report.dtypes:
-        table.add_row(d.dtype.value, *(_db(snr.median) for snr in d.tap_snr))
-    console.print(table)
+    if report.row_kind == RAW:
+        table = _table("Signal-to-noise per tap (dB, median)")
+        _columns(table, "dtype", *(f"tap {tap.layer}" for tap in report.taps))
+        for d in report.dtypes:
+            table.add_row(d.dtype.value, *(_db(snr.median) for snr in d.tap_snr))
+        console.print(table)
 
     table = _table("Time in the mirror per row, median (GB/s: F32 row + stored row)")
-    _columns(table, "dtype", "capture\nprefill, us", "\nGB/s", "capture\ndecode, us", "\nGB/s", "read\nus", "\nGB/s")
+    stored = "capture\nprefill, us" if report.row_kind == RAW else "stored\nus"
+    _columns(table, "dtype", stored, "\nGB/s", "capture\ndecode, us", "\nGB/s", "read\nus", "\nGB/s")
     for d in report.dtypes:
         cells = [d.dtype.value]
         for speed in (d.prefill, d.decode, d.read):
@@ -139,13 +142,22 @@ def print_probe(report: ProbeReport, console: Console) -> None:
         table.add_row(*cells)
     console.print(table)
 
-    table = _table("Features as the model computes them")
-    numbers = ("largest |x|", "F16\noverflows", "NaN", "infinite", "strongest\nchannel", "its part of\nthe energy")
+    table = _table("Features as the model computes them" if report.row_kind == RAW else "Rows as the draft fuses them")
+    numbers = (
+        "largest |x|",
+        "F16\noverflows",
+        "NaN",
+        "infinite",
+        "strongest\nchannel",
+        "its part of\nthe energy",
+        "crest",
+    )
     _columns(table, "tap", *numbers)
     for tap in report.taps:
         over = f"[red]{tap.over_f16:,}[/]" if tap.over_f16 else "0"
-        cells = [str(tap.layer), f"{tap.abs_max:,.1f}", over, f"{tap.nan:,}", f"{tap.inf:,}"]
-        table.add_row(*cells, str(tap.top_channel), f"{tap.top_channel_energy:.1%}")
+        name = "fused" if tap.layer is None else str(tap.layer)
+        cells = [name, f"{tap.abs_max:,.1f}", over, f"{tap.nan:,}", f"{tap.inf:,}"]
+        table.add_row(*cells, str(tap.top_channel), f"{tap.top_channel_energy:.1%}", f"{tap.crest:.2f}")
     console.print(table)
     _print_notes(report.notes, console)
 

@@ -19,12 +19,13 @@ import llama_cpp
 import numpy as np
 import numpy.typing as npt
 import pytest
+from dflash.pair import fused_rows
 from matplotlib.text import Annotation, Text
 from rich.console import Console
 from tiny_models import TARGET_ARCHS, write_tiny_model
 
 from ggml_mirror.dtype import FeatureDtype
-from ggml_mirror.errors import ArgumentError, CaptureError
+from ggml_mirror.errors import ArgumentError, CaptureError, GgmlMirrorError
 from ggml_mirror.fidelity import Snr, SnrMeter, TapMeter
 from ggml_mirror.gguf_file import GgufFile
 from ggml_mirror.plot import draw, write_plot
@@ -114,6 +115,36 @@ def test_figures_are_those_of_independently_captured_and_quantised_features(demo
         assert by_name[name].snr.p5 == pytest.approx(np.percentile(expected, 5), abs=0.3), name
         for snr, tap in zip(by_name[name].tap_snr, taps, strict=True):
             assert snr.median == pytest.approx(np.median(_reference_snr(tap, name)), abs=0.15), name
+
+
+def test_fused_rows_are_measured_as_the_draft_makes_them(demo_target: Path, demo_draft: Path) -> None:
+    rows = fused_rows(str(demo_draft), _block_outputs(demo_target, CODE.text, TAPS))
+    report = probe(
+        demo_target, draft=demo_draft, rows="fused", prompts=[CODE], style="raw", n_predict=0, n_ctx=512, n_threads=1
+    )
+    assert (report.row_kind, report.width, report.layers, report.rows) == ("fused", 576, TAPS, len(rows))
+    (profile,) = report.taps
+    energy = np.sum(rows.astype(np.float64) ** 2, axis=0)
+    assert profile.layer is None and profile.top_channel == energy.argmax()
+    assert profile.abs_max == pytest.approx(np.abs(rows).max(), rel=0.03)
+    assert profile.top_channel_energy == pytest.approx(energy.max() / energy.sum(), rel=0.03)
+    for d in report.dtypes:
+        assert (d.prefill.rows, d.decode.rows, d.read.rows) == (len(rows), 0, len(rows))
+        if d.dtype.value in ("f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"):
+            expected = np.median(_reference_snr(rows, d.dtype.value))
+            assert d.snr.median == pytest.approx(expected, abs=0.2), d.dtype
+    print_probe(report, Console(file=io.StringIO()))
+
+
+def test_fused_rows_need_a_draft_and_a_draft_names_its_taps(demo_target: Path, demo_draft: Path, tiny: Path) -> None:
+    with pytest.raises(ArgumentError, match="-md"):
+        probe(demo_target, rows="fused")
+    with pytest.raises(ArgumentError, match="raw or fused"):
+        probe(demo_target, draft=demo_draft, rows="molten")
+    with pytest.raises(ArgumentError, match="leave the taps out"):
+        probe(demo_target, draft=demo_draft, taps=[1, 2])
+    with pytest.raises(GgmlMirrorError, match="576"):
+        probe(tiny, draft=demo_draft)
 
 
 # ------------------------------------------------------------------------------------------------ the demo target
@@ -323,6 +354,20 @@ def test_a_tap_profile_counts_what_f16_cannot_hold() -> None:
     meter.add(np.array([[65504.0, -65505.0, 1.0], [0.0, -9e4, np.finfo(np.float32).max]], np.float32))
     profile = meter.result(7, nan=0, inf=1)
     assert (profile.layer, profile.abs_max, profile.over_f16, profile.inf) == (7, 9e4, 2, 1)
+
+
+def test_the_crest_tells_one_channel_from_many() -> None:
+    rng = np.random.default_rng(5)
+    normal, spike = TapMeter(640), TapMeter(640)
+    normal.add(rng.normal(size=(200, 640)).astype(np.float32))
+    rows = np.zeros((3, 640), np.float32)
+    rows[:2, 7] = 9.0  # and a row of zeros, which says nothing
+    spike.add(rows)
+    assert normal.result(0, nan=0, inf=0).crest == pytest.approx(2.4, abs=0.1)
+    assert spike.result(0, nan=0, inf=0).crest == pytest.approx(math.sqrt(32))
+    odd = TapMeter(48)
+    odd.add(np.ones((1, 48), np.float32))
+    assert odd.result(0, nan=0, inf=0).crest == 0.0
 
 
 def test_speed_is_the_median_weighted_by_rows() -> None:
