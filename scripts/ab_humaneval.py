@@ -15,6 +15,7 @@ Columns:
                 definition that DFlash servers have published
     tau         mean committed tokens per draft step, the bonus token included
     decode      tokens per second from the first token on; output: from the prompt on, prefill included
+    draft ms    mean time of a draft step, reading the window included
     mirror      bytes of the ring
     process     peak resident memory of a process that holds this dtype alone and decodes the first prompt; device: by how much
                 that lowered the device's free memory (GPUs only)
@@ -123,6 +124,7 @@ class Line:
     acceptance: Interval
     decode_tok_s: float
     output_tok_s: float
+    draft_ms: float
     memory: Memory
     acceptance_difference: Interval
     tau_difference: Interval
@@ -281,7 +283,7 @@ def _line(
                 found.append(Difference(task.name, index, gap(task.tokens + a.tokens[:index])))
         return found
 
-    decode_s = sum(r.decode_s for r in results)
+    decode_s, steps = sum(r.decode_s for r in results), sum(len(r.accepted_by_step) for r in results)
     return Line(
         style=style,
         dtype=dtype,
@@ -291,6 +293,7 @@ def _line(
         acceptance=ratio(*mine, 100.0),
         decode_tok_s=sum(r.generated - 1 for r in results) / decode_s if decode_s else 0.0,
         output_tok_s=sum(r.generated for r in results) / sum(r.wall_s for r in results),
+        draft_ms=1e3 * sum(r.draft_s for r in results) / steps if steps else 0.0,
         memory=memory,
         acceptance_difference=points,
         tau_difference=ratio_difference(_per_step(results), _per_step(reference)),
@@ -317,7 +320,19 @@ def _gaps(setup: Setup) -> Iterator[Any]:
 
 def result_table(lines: list[Line], markdown: bool) -> Table:
     table = Table(box=box.MARKDOWN if markdown else box.SIMPLE_HEAD)
-    names = ("style", "dtype", "accepted", "%", "95 %", "anchor", "%", "tau", "decode tok/s", "output tok/s")
+    names = (
+        "style",
+        "dtype",
+        "accepted",
+        "%",
+        "95 %",
+        "anchor",
+        "%",
+        "tau",
+        "decode tok/s",
+        "output tok/s",
+        "draft ms",
+    )
     for name in (*names, "mirror", "process", "device"):
         table.add_column(name, justify="left" if name in ("style", "dtype") else "right", no_wrap=True)
     for x in lines:
@@ -326,7 +341,7 @@ def result_table(lines: list[Line], markdown: bool) -> Table:
             *(x.style, x.dtype, f"{c.accepted}/{c.proposed}", f"{100 * c.acceptance:.1f}"),
             f"{x.acceptance.low:.1f}-{x.acceptance.high:.1f}",
             *(f"{c.accepted + c.steps}/{c.proposed + c.steps}", f"{100 * c.acceptance_with_anchor:.1f}"),
-            *(f"{c.tau:.3f}", f"{x.decode_tok_s:.2f}", f"{x.output_tok_s:.2f}"),
+            *(f"{c.tau:.3f}", f"{x.decode_tok_s:.2f}", f"{x.output_tok_s:.2f}", f"{x.draft_ms:.3f}"),
             *(format_bytes(m.mirror_bytes), format_bytes(m.process_bytes)),
             "" if m.device_bytes is None else format_bytes(m.device_bytes),
         )
