@@ -332,7 +332,7 @@ def _too_large(
     window: int = 0,
     why: str = "it does not fit",
 ) -> BudgetError:
-    listed = ", ".join(f"{p.name} {format_bytes(p.bytes)}" for p in parts if p.device == device.name)
+    listed = ", ".join(f"{p.name} {format_bytes(p.bytes)}" for p in parts if p.device == device.name and p.bytes)
     limit = f" ({device.limit})" if device.limit else ""
     message = (
         f"{why}: {device.name} needs {format_bytes(device.needed)} ({listed}) and has {format_bytes(device.free)} free{limit}; "

@@ -52,14 +52,14 @@ class CachedFile:
 class DiskTier:
     """State files of one identity in a directory.
 
-    Nothing here raises for what the file system does: errors are counted, and logged as warnings.
+    Once it is made, nothing here raises for what the file system does: errors are counted, and logged as warnings.
 
     Args:
         directory: created, readable by its owner alone, if it does not exist.
         capacity_bytes: for the files of this identity together.
 
     Raises:
-        ArgumentError: the path is something else than a directory.
+        ArgumentError: the path is something else than a directory, or cannot be made or used as one.
     """
 
     def __init__(
@@ -84,7 +84,9 @@ class DiskTier:
                 log.warning("others may write to the cache directory %s; chmod 700 it", self.directory)
             self._counters.abandoned += state_file.remove_abandoned(self.directory, _PREFIX)
         except OSError as error:
-            self._failed("use", error)
+            raise ArgumentError(
+                f"{self.directory} cannot be used for the prefix cache: {error.strerror or error}; name a directory that can be written"
+            ) from error
         self._make_room(0)  # the cap may have been larger
 
     # -------------------------------------------------------------------------------------------------------- reading

@@ -21,7 +21,7 @@ def make_cache(config: ServeConfig, llm: Served) -> PrefixCache | None:
     """The cache that ``--cache-ram`` and ``--cache-disk`` ask for, or None.
 
     Raises:
-        ArgumentError: the folder is a file.
+        ArgumentError: the folder is a file, or cannot be used.
     """
     if llm.settings.no_text is not None or (not config.cache_ram and config.cache_disk is None):
         return None

@@ -84,6 +84,9 @@ class ServedModelSettings(ModelSettings):
                 f"draft_model is llama_cpp.server's own setting and knows prompt-lookup-decoding only, not {self.draft_model!r}; "
                 "a DFlash draft is given as model_draft (-md)"
             )
+        dtype = FeatureDtype.resolve_choice(self.feature_dtype)
+        self.feature_dtype = AUTO if dtype is None else dtype.value
+        parse_rows(self.feature_rows)
         if self.model_draft is None:
             if self.hf_model_repo_id is None:
                 self._complete_context(ModelInfo.read(self.model))
@@ -95,9 +98,6 @@ class ServedModelSettings(ModelSettings):
                 raise ArgumentError(f"{name} and model_draft (-md): not together")
         if "flash_attn" not in given:
             self.flash_attn = True
-        dtype = FeatureDtype.resolve_choice(self.feature_dtype)
-        self.feature_dtype = AUTO if dtype is None else dtype.value
-        parse_rows(self.feature_rows)
         target = ModelInfo.read(self.model)
         resolve_n_draft(self.n_draft, DraftSpec.read(self.model_draft, target))
         self._complete_context(target)

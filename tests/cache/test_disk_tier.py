@@ -346,11 +346,12 @@ def as_nobody() -> Iterator[Path]:
 
 
 def test_permission_denied(as_nobody: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A directory that cannot be made, and one that cannot be written to."""
-    for directory in (as_nobody / "new", as_nobody):
-        tier = tier_of(directory)
-        tier.store(A)
-        assert len(tier) == 0 and tier._counters.disk_errors["EACCES"] >= 1 and tier._counters.stored == {}
+    """A directory that cannot be made is refused; in one that cannot be written to, nothing is kept."""
+    with pytest.raises(ArgumentError, match=r"new cannot be used .*Permission denied; name a directory"):
+        tier_of(as_nobody / "new")
+    tier = tier_of(as_nobody)
+    tier.store(A)
+    assert len(tier) == 0 and tier._counters.disk_errors["EACCES"] >= 1 and tier._counters.stored == {}
     assert "Permission denied" in caplog.text
 
 

@@ -73,6 +73,14 @@ def test_every_setting_of_llama_cpp_server_can_be_given(fields: dict[str, Any]) 
     assert read_settings(plain, ["--draft_model", "prompt-lookup-decoding"])[1][0].draft_model
 
 
+def test_a_typing_error_is_found_without_a_draft_too(fields: dict[str, Any]) -> None:
+    plain = {"model": fields["model"]}
+    with pytest.raises(DtypeError, match="q9_9"):
+        read_settings({**plain, "feature_dtype": "q9_9"})
+    with pytest.raises(ArgumentError, match="molten"):
+        read_settings({**plain, "feature_rows": "molten"})
+
+
 @pytest.mark.parametrize("kind", ["json", "yaml"])
 def test_config_file(kind: str, fields: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content = {
