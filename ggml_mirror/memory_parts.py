@@ -136,6 +136,7 @@ class PairCosts:
                 ),
                 _staging(here, size.staging),
                 Part("mirror_bookkeeping", "mirror bookkeeping", find_device("cpu").name, size.bookkeeping),
+                Part("mirror_pinned", "pinned for snapshots", find_device("cpu").name, size.pinned, at_most=True),
             ]
         return _present(parts)
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from ._native import check, ffi, lib
+from ._native import check, ffi, lib, text
 from .device import Device, find_device
 from .dtype import FeatureDtype
 from .errors import ArgumentError, ClosedError, MirrorMemoryError, ShapeError, SnapshotError
@@ -31,12 +31,14 @@ MAX_CAP = 2**31 - 1
 
 @dataclass(frozen=True)
 class MirrorSize:
-    """Bytes that a mirror takes: ``ring`` on its device, ``staging`` at most beside it, ``bookkeeping`` in host memory."""
+    """Bytes that a mirror takes: ``ring`` on its device, ``staging`` at most beside it, ``bookkeeping`` in host memory; of that, at most
+    ``pinned`` more for snapshots (0 on host devices)."""
 
     row: int
     ring: int
     staging: int
     bookkeeping: int
+    pinned: int
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,23 @@ class TapStats:
     overflow: int
     over_f16: int
     abs_max: float
+
+
+@dataclass(frozen=True)
+class MirrorTransfers:
+    """What snapshots and restores have moved: calls, copies between device and host (one for neighbouring slots: two at most for a range of
+    positions) and storage bytes. ``pinned_copies``: those of both to or from pinned memory, of which the device's mirrors hold
+    ``pinned_bytes`` now. ``unpinned``: why none was given when last asked for, or ""."""
+
+    save_calls: int
+    save_copies: int
+    save_bytes: int
+    load_calls: int
+    load_copies: int
+    load_bytes: int
+    pinned_copies: int
+    pinned_bytes: int
+    unpinned: str
 
 
 @dataclass(frozen=True)
@@ -80,7 +99,7 @@ def mirror_size(
     check(
         lib.gm_mirror_size_of(_params(taps, n_embd, cap, FeatureDtype.resolve(dtype), device_index, 0, ggml_ops), size)
     )
-    return MirrorSize(size.row, size.ring, size.staging, size.bookkeeping)
+    return _size_of(size)
 
 
 class FeatureMirror:
@@ -149,7 +168,7 @@ class FeatureMirror:
         )
         size = ffi.new("gm_mirror_size *")
         check(lib.gm_mirror_size_of(params, size))
-        self.size = MirrorSize(size.row, size.ring, size.staging, size.bookkeeping)
+        self.size = _size_of(size)
         out = ffi.new("gm_mirror **")
         try:
             check(lib.gm_mirror_new(params, out))
@@ -383,6 +402,21 @@ class FeatureMirror:
             raise SnapshotError(f"a mirror is restored from a Snapshot, not from {type(snapshot).__name__}")
         snapshot.put(self)
 
+    def _new_rows(self, count: int) -> npt.NDArray[np.uint8]:
+        """Room for stored rows, uint8 ``[count, row_nbytes]``: pinned if the device has such memory to give, else any.
+
+        Pinned memory goes back to its pool, to be used again, with the last array over it; also after :meth:`close`.
+        """
+        out, data = ffi.new("gm_host_rows **"), ffi.new("uint8_t **")
+        check(lib.gm_host_rows_new(self._open(), count * self.row_nbytes, out, data))
+        if out[0] == ffi.NULL:
+            return np.empty((count, self.row_nbytes), np.uint8)
+        owner = ffi.gc(out[0], lib.gm_host_rows_free, size=count * self.row_nbytes)
+        # The owner in a closure lives as long as the buffer, hence the array.
+        memory = ffi.gc(data[0], lambda _, keep=owner: None)
+        rows = np.frombuffer(ffi.buffer(memory, count * self.row_nbytes), np.uint8)
+        return rows.reshape(count, self.row_nbytes)
+
     # ------------------------------------------------------------- measurements
 
     def tap_stats(self, tap: int) -> TapStats:
@@ -398,6 +432,14 @@ class FeatureMirror:
             times = ffi.new("gm_mirror_times *")
             check(lib.gm_mirror_get_times(self._open(), times))
         return MirrorTimes(*(getattr(times, name) for name in MirrorTimes.__dataclass_fields__))
+
+    def transfers(self) -> MirrorTransfers:
+        """What snapshots and restores have moved since the mirror was made, or :meth:`reset_stats`."""
+        with self._lock:
+            out = ffi.new("gm_mirror_transfers *")
+            check(lib.gm_mirror_get_transfers(self._open(), out))
+        counts = [getattr(out, name) for name in MirrorTransfers.__dataclass_fields__ if name != "unpinned"]
+        return MirrorTransfers(*counts, text(out.unpinned))
 
     def reset_stats(self) -> None:
         with self._lock:
@@ -429,6 +471,10 @@ class FeatureMirror:
         if start < 0 or count < 0:
             raise ArgumentError(f"start {start} and count {count} must not be negative")
         return start, count
+
+
+def _size_of(size: Any) -> MirrorSize:
+    return MirrorSize(*(getattr(size, name) for name in MirrorSize.__dataclass_fields__))
 
 
 def _params(taps: int, n_embd: int, cap: int, dtype: FeatureDtype, device: int, n_threads: int, ggml_ops: bool) -> Any:

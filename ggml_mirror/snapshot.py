@@ -154,7 +154,7 @@ class Snapshot:
         """Snapshot a mirror; partly written rows are kept with what they have."""
         with mirror._lock:
             positions, masks = mirror._live(complete_only=False)
-            rows = np.empty((len(positions), mirror.row_nbytes), np.uint8)
+            rows = mirror._new_rows(len(positions))
             check(
                 lib.gm_mirror_save(
                     mirror._open(),
@@ -264,7 +264,8 @@ class Snapshot:
             return
         if positions[0] != h.first_position or positions[-1] > _MAX_POSITION or not (np.diff(positions) > 0).all():
             raise SnapshotError(f"{where} is broken: its positions do not ascend from {h.first_position}")
-        if len(np.unique(positions % h.cap)) != h.count:
+        # Ascending positions that span no more than cap share none.
+        if positions[-1] - positions[0] >= h.cap and len(np.unique(positions % h.cap)) != h.count:
             raise SnapshotError(f"{where} is broken: two of its positions share a slot of {h.cap}")
         if not masks.all() or (h.taps < 64 and (masks >> np.uint64(h.taps)).any()):
             raise SnapshotError(f"{where} is broken: a row has no tap, or one beyond {h.taps}")

@@ -152,6 +152,7 @@ typedef struct gm_mirror_size {
     uint64_t ring;         // cap rows: the ggml buffer
     uint64_t staging;      // most bytes of device scratch that a write or read may take
     uint64_t bookkeeping;  // host bytes that remember which slot holds what
+    uint64_t pinned;       // most host bytes that may stay pinned for its snapshots, see gm_host_rows_new
 } gm_mirror_size;
 
 // The bytes that gm_mirror_new would allocate for these parameters; the same function that it uses. No device is touched.
@@ -184,11 +185,29 @@ GM_API gm_status gm_mirror_clear(gm_mirror * mirror);
 // Live slots in ascending position: position and bit mask of the written taps. Arrays may be NULL; `max` entries are filled, *count is the total.
 GM_API gm_status gm_mirror_live(gm_mirror * mirror, bool complete_only, int64_t max, int64_t * positions, uint64_t * tap_masks, int64_t * count);
 
+// Pinned host memory for `bytes` of stored rows: the mirror's device copies to and from it at its full rate. It is reused once freed, and
+// may outlive the mirror. *rows NULL, with GM_OK: there is none, see gm_mirror_transfers; any other memory will do, but slower.
+typedef struct gm_host_rows gm_host_rows;
+GM_API gm_status gm_host_rows_new(gm_mirror * mirror, uint64_t bytes, gm_host_rows ** rows, uint8_t ** data);
+GM_API void      gm_host_rows_free(gm_host_rows * rows);
+
 // Storage bytes of live rows, in the order given; bytes of taps that were not written come back as 0.
 GM_API gm_status gm_mirror_save(gm_mirror * mirror, int64_t count, const int64_t * positions, uint8_t * rows);
 
 // Forget everything and take these rows. Positions must be distinct modulo cap. Checked before anything changes.
 GM_API gm_status gm_mirror_load(gm_mirror * mirror, int64_t count, const int64_t * positions, const uint64_t * tap_masks, const uint8_t * rows);
+
+// What gm_mirror_save and gm_mirror_load have moved since the mirror was made or gm_mirror_reset_stats. A copy is of neighbouring slots: a
+// range of positions takes one, or two where it wraps.
+typedef struct gm_mirror_transfers {
+    int64_t  save_calls, save_copies, save_bytes;
+    int64_t  load_calls, load_copies, load_bytes;
+    int64_t  pinned_copies;    // those of both whose host side was pinned
+    uint64_t pinned_bytes;     // host memory that is pinned now for all mirrors of the device, in use or not
+    char     unpinned[200];    // why memory was not pinned when last asked for; "": it was
+} gm_mirror_transfers;
+
+GM_API gm_status gm_mirror_get_transfers(gm_mirror * mirror, gm_mirror_transfers * transfers);
 
 // What one tap has seen since the mirror was made or gm_mirror_reset_stats.
 typedef struct gm_tap_stats {

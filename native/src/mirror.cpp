@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <cstdio>
 #include <cstring>
 #include <new>
 
@@ -51,12 +52,13 @@ gm_mirror_size gm_mirror::size_of(const gm_mirror_params & params) {
         size.staging = gm::row_kernels_staging_bytes(width, p.cap);
     }
     size.bookkeeping = gm::Ring::bytes(p.cap);
+    size.pinned      = gm::PinnedPool::most_for(device, size.ring);
     return size;
 }
 
 gm_mirror::gm_mirror(const gm_mirror_params & params)
     : params_(checked(params)), id_(++mirrors_made), dtype_(gm::dtype(params.type)), row_bytes_(size_of(params).row), device_(gm::device_at(params.device)),
-      slots_(0, params.taps), threads_(params.n_threads), stats_(size_t(params.taps)) {
+      slots_(0, params.taps), threads_(params.n_threads), stats_(size_t(params.taps)), pinned_(device_, size_of(params).ring) {
     const gm_mirror_size size = size_of(params_);
     const bool           host = gm::device_is_host(device_);
     const uint64_t       free = gm::device_memory_free(device_);
@@ -291,6 +293,7 @@ void gm_mirror::clear() {
 
 int64_t gm_mirror::live(bool complete_only, int64_t max, int64_t * positions, uint64_t * tap_masks) {
     std::lock_guard<std::mutex> lock(mutex_);
+    if (max <= 0) return slots_.count_live(complete_only);
     const auto                  live = slots_.live(complete_only);
     for (int64_t i = 0; i < std::min<int64_t>(max, int64_t(live.size())); ++i) {
         if (positions) positions[i] = live[size_t(i)].position;
@@ -308,6 +311,32 @@ template <class Body> static void for_stretches(const gm::Ring & slots, int64_t 
     }
 }
 
+std::unique_ptr<gm_host_rows> gm_mirror::host_rows(uint64_t bytes) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (!pinned_.pool() || bytes == 0) return nullptr;
+    auto memory = pinned_.pool()->take(bytes, gm::PinnedPool::Use::Array, unpinned_);
+    return memory ? std::unique_ptr<gm_host_rows>(new gm_host_rows{ pinned_.pool(), std::move(memory) }) : nullptr;
+}
+
+// Pinned memory between the device and rows that are not in any; null: they are, or there is none.
+std::unique_ptr<gm_host_rows> gm_mirror::staging_for(const uint8_t * rows, uint64_t bytes) {
+    if (!pinned_.pool() || pinned_.pool()->holds(rows, bytes)) return nullptr;
+    auto memory = pinned_.pool()->take(bytes, gm::PinnedPool::Use::Staging, unpinned_);
+    return memory ? std::unique_ptr<gm_host_rows>(new gm_host_rows{ pinned_.pool(), std::move(memory) }) : nullptr;
+}
+
+void gm_mirror::copy_bytes(uint64_t bytes, const uint8_t * from, uint8_t * to) {
+    constexpr uint64_t piece = 1 << 20;
+    threads_.run(int64_t((bytes + piece - 1) / piece), bytes, [&](int64_t first, int64_t last) {
+        const uint64_t begin = uint64_t(first) * piece, end = std::min(uint64_t(last) * piece, bytes);
+        memcpy(to + begin, from + begin, end - begin);
+    });
+}
+
+static uint8_t * base_of(const gm_host_rows & rows) {
+    return static_cast<uint8_t *>(ggml_backend_buffer_get_base(rows.memory.get()));
+}
+
 void gm_mirror::save(int64_t count, const int64_t * positions, uint8_t * rows) {
     std::lock_guard<std::mutex> lock(mutex_);
     for (int64_t i = 0; i < count; ++i) {
@@ -315,9 +344,16 @@ void gm_mirror::save(int64_t count, const int64_t * positions, uint8_t * rows) {
             throw error(GM_ERR_STALE, "cannot save position %lld: it is not in the ring", (long long) positions[i]).at(positions[i]);
         }
     }
+    const uint64_t  bytes   = uint64_t(count) * row_bytes_;
+    const auto      staging = staging_for(rows, bytes);
+    uint8_t * const out     = staging ? base_of(*staging) : rows;
+    const bool      pinned  = pinned_.pool() && pinned_.pool()->holds(out, bytes);
     for_stretches(slots_, count, positions, [&](int64_t slot, int64_t row, int64_t n) {
-        ggml_backend_tensor_get(ring_, rows + uint64_t(row) * row_bytes_, uint64_t(slot) * row_bytes_, uint64_t(n) * row_bytes_);
+        ggml_backend_tensor_get(ring_, out + uint64_t(row) * row_bytes_, uint64_t(slot) * row_bytes_, uint64_t(n) * row_bytes_);
+        transfers_.save_copies += 1;
+        transfers_.pinned_copies += pinned;
     });
+    if (staging) copy_bytes(bytes, out, rows);
     for (int64_t i = 0; i < count; ++i) {
         const uint64_t written = slots_.taps_at(positions[i]);
         for (int32_t t = 0; written != slots_.all_taps() && t < params_.taps; ++t) {
@@ -325,6 +361,8 @@ void gm_mirror::save(int64_t count, const int64_t * positions, uint8_t * rows) {
             if (!(written >> t & 1)) memset(rows + uint64_t(i) * row_bytes_ + uint64_t(t) * tap_bytes(), 0, tap_bytes());
         }
     }
+    transfers_.save_calls += 1;
+    transfers_.save_bytes += int64_t(bytes);
 }
 
 void gm_mirror::load(int64_t count, const int64_t * positions, const uint64_t * tap_masks, const uint8_t * rows) {
@@ -348,14 +386,33 @@ void gm_mirror::load(int64_t count, const int64_t * positions, const uint64_t * 
         }
         taken[slot] = true;
     }
+    const uint64_t bytes   = uint64_t(count) * row_bytes_;
+    const auto     staging = staging_for(rows, bytes);
+    if (staging) copy_bytes(bytes, rows, base_of(*staging));
+    const uint8_t * const in     = staging ? base_of(*staging) : rows;
+    const bool            pinned = pinned_.pool() && pinned_.pool()->holds(in, bytes);
+
     slots_.clear();
     for_stretches(slots_, count, positions, [&](int64_t slot, int64_t row, int64_t n) {
-        ggml_backend_tensor_set(ring_, rows + uint64_t(row) * row_bytes_, uint64_t(slot) * row_bytes_, uint64_t(n) * row_bytes_);
+        ggml_backend_tensor_set(ring_, in + uint64_t(row) * row_bytes_, uint64_t(slot) * row_bytes_, uint64_t(n) * row_bytes_);
+        transfers_.load_copies += 1;
+        transfers_.pinned_copies += pinned;
     });
-    for (int64_t i = 0; i < count; ++i) {
-        slots_.begin_write(positions[i], 1, tap_masks[i]);
-        slots_.end_write(positions[i], 1, tap_masks[i]);
+    for (int64_t i = 0, n; i < count; i += n) {
+        for (n = 1; i + n < count && positions[i + n] == positions[i] + n && tap_masks[i + n] == tap_masks[i];) ++n;
+        slots_.begin_write(positions[i], n, tap_masks[i]);
+        slots_.end_write(positions[i], n, tap_masks[i]);
     }
+    transfers_.load_calls += 1;
+    transfers_.load_bytes += int64_t(bytes);
+}
+
+gm_mirror_transfers gm_mirror::transfers() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    gm_mirror_transfers         out = transfers_;
+    if (pinned_.pool()) out.pinned_bytes = pinned_.pool()->held();
+    snprintf(out.unpinned, sizeof(out.unpinned), "%s", unpinned_.c_str());
+    return out;
 }
 
 // --------------------------------------------------------------------------------------------- statistics
@@ -396,6 +453,7 @@ void gm_mirror::reset_stats() {
     collect();
     stats_.assign(size_t(params_.taps), gm_tap_stats{});
     times_          = {};
+    transfers_      = {};
     written_slices_ = 0;
 }
 
@@ -486,6 +544,20 @@ gm_status gm_mirror_clear(gm_mirror * mirror) {
 
 gm_status gm_mirror_live(gm_mirror * mirror, bool complete_only, int64_t max, int64_t * positions, uint64_t * tap_masks, int64_t * count) {
     return gm::guard([&] { gm::required(count, "count") = gm::required(mirror, "mirror").live(complete_only, max, positions, tap_masks); });
+}
+
+gm_status gm_host_rows_new(gm_mirror * mirror, uint64_t bytes, gm_host_rows ** rows, uint8_t ** data) {
+    return gm::guard([&] {
+        gm_host_rows *& out     = gm::required(rows, "rows");
+        uint8_t *&      address = gm::required(data, "data");
+        auto            memory  = gm::required(mirror, "mirror").host_rows(bytes);
+        address                 = memory ? base_of(*memory) : nullptr;
+        out                     = memory.release();
+    });
+}
+
+gm_status gm_mirror_get_transfers(gm_mirror * mirror, gm_mirror_transfers * transfers) {
+    return gm::guard([&] { gm::required(transfers, "transfers") = gm::required(mirror, "mirror").transfers(); });
 }
 
 gm_status gm_mirror_save(gm_mirror * mirror, int64_t count, const int64_t * positions, uint8_t * rows) {

@@ -1,6 +1,7 @@
 // The feature mirror: a ring of rows in a ggml backend buffer, with one write path and one read path.
 #pragma once
 
+#include "pinned.h"
 #include "ring.h"
 #include "rows.h"
 
@@ -27,6 +28,8 @@ struct gm_mirror {
     int64_t live(bool complete_only, int64_t max, int64_t * positions, uint64_t * tap_masks);
     void save(int64_t count, const int64_t * positions, uint8_t * rows);
     void load(int64_t count, const int64_t * positions, const uint64_t * tap_masks, const uint8_t * rows);
+    std::unique_ptr<gm_host_rows> host_rows(uint64_t bytes);  // null: no pinned memory
+    gm_mirror_transfers           transfers();
 
     // For a reader that keeps what it derived from rows: see gm::Ring.
     int64_t               stretch_before(int64_t end, int64_t max);
@@ -52,6 +55,8 @@ struct gm_mirror {
     void     write_sources(int32_t tap, int64_t start, int64_t count, int32_t n_sources, const gm::RowSource * sources);
     void     write_host(int32_t tap, int64_t start, int64_t count, const gm::RowSource & source, std::vector<gm::Tally> & tallies);
     void     read_rows(int64_t start, int64_t count, float * rows);
+    void     copy_bytes(uint64_t bytes, const uint8_t * from, uint8_t * to);
+    std::unique_ptr<gm_host_rows> staging_for(const uint8_t * rows, uint64_t bytes);
     void     add_to_stats(int32_t tap, const gm::Tally & tally);
     void     collect();
     char *   host_row(int64_t slot) const { return static_cast<char *>(ring_->data) + uint64_t(slot) * row_bytes_; }
@@ -70,5 +75,8 @@ struct gm_mirror {
     std::vector<gm_tap_stats> stats_;
     int64_t                 written_slices_ = 0;  // taps of rows
     gm_mirror_times         times_{};
+    gm_mirror_transfers     transfers_{};
+    gm::PinnedShare         pinned_;          // its pool: null on host devices
+    std::string             unpinned_;        // why there was no pinned memory
     std::mutex              mutex_;
 };

@@ -123,10 +123,18 @@ Error Ring::stale(int64_t start, int64_t count, int64_t p) const {
 std::vector<Ring::Live> Ring::live(bool complete_only) const {
     std::vector<Live> live;
     for (const Slot & s : slots_) {
-        if (s.position >= 0 && (complete_only ? s.taps == all_taps_ : s.taps != 0)) live.push_back({ s.position, s.taps });
+        if (is_live(s, complete_only)) live.push_back({ s.position, s.taps });
     }
-    std::sort(live.begin(), live.end(), [](const Live & a, const Live & b) { return a.position < b.position; });
+    // A range that wraps lies there as two ascending runs, the later one first.
+    const auto before = [](const Live & a, const Live & b) { return a.position < b.position; };
+    const auto wrap   = std::is_sorted_until(live.begin(), live.end(), before);
+    std::rotate(live.begin(), wrap, live.end());
+    if (!std::is_sorted(live.begin(), live.end(), before)) std::sort(live.begin(), live.end(), before);
     return live;
+}
+
+int64_t Ring::count_live(bool complete_only) const {
+    return std::count_if(slots_.begin(), slots_.end(), [&](const Slot & s) { return is_live(s, complete_only); });
 }
 
 uint64_t Ring::taps_at(int64_t position) const {

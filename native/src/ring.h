@@ -44,6 +44,7 @@ class Ring {
     // Live slots (complete ones, or any with a tap), ascending by position.
     struct Live { int64_t position; uint64_t taps; };
     std::vector<Live> live(bool complete_only) const;
+    int64_t           count_live(bool complete_only) const;
     uint64_t          taps_at(int64_t position) const;  // 0 if the slot holds another position
 
     // Longest complete stretch that ends before `end`, of at most `max` rows: its length.
@@ -67,6 +68,7 @@ class Ring {
     static constexpr int64_t kChunk = 16;
     static int64_t           chunks(int64_t cap) { return (cap + kChunk - 1) / kChunk; }
     int64_t                  chunk_slots(int64_t chunk) const { return chunk * kChunk + kChunk > cap() ? cap() - chunk * kChunk : kChunk; }
+    bool                     is_live(const Slot & s, bool complete_only) const { return s.position >= 0 && (complete_only ? s.taps == all_taps_ : s.taps != 0); }
     bool                     is_complete(int64_t slot, int64_t position) const;
     void                     note_chunks(const Runs & runs);
     Error                    stale(int64_t start, int64_t count, int64_t position) const;

@@ -127,6 +127,12 @@ NULLS: dict[str, Callable[[Any], int]] = {
     ),
     "tap_stats without stats": lambda h: lib.gm_mirror_tap_stats(h, 0, ffi.NULL),
     "get_times without times": lambda h: lib.gm_mirror_get_times(h, ffi.NULL),
+    "get_transfers without transfers": lambda h: lib.gm_mirror_get_transfers(h, ffi.NULL),
+    "host_rows_new without mirror": lambda h: lib.gm_host_rows_new(
+        ffi.NULL, 64, ffi.new("gm_host_rows **"), ffi.new("uint8_t **")
+    ),
+    "host_rows_new without rows": lambda h: lib.gm_host_rows_new(h, 64, ffi.NULL, ffi.new("uint8_t **")),
+    "host_rows_new without data": lambda h: lib.gm_host_rows_new(h, 64, ffi.new("gm_host_rows **"), ffi.NULL),
     "reset_stats without mirror": lambda h: lib.gm_mirror_reset_stats(ffi.NULL),
     "device_get without info": lambda h: lib.gm_device_get(0, ffi.NULL),
     "device_find without name": lambda h: lib.gm_device_find(ffi.NULL, ffi.new("int32_t *")),

@@ -31,6 +31,7 @@ USES: dict[str, Callable[[FeatureMirror, Any], Any]] = {
     "restore": lambda m, snapshot: m.restore(snapshot),
     "tap_stats": lambda m, snapshot: m.tap_stats(0),
     "times": lambda m, snapshot: m.times(),
+    "transfers": lambda m, snapshot: m.transfers(),
     "reset_stats": lambda m, snapshot: m.reset_stats(),
     "positions": lambda m, snapshot: m.positions,
     "__len__": lambda m, snapshot: len(m),
