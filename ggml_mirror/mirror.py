@@ -438,8 +438,8 @@ class FeatureMirror:
         with self._lock:
             out = ffi.new("gm_mirror_transfers *")
             check(lib.gm_mirror_get_transfers(self._open(), out))
-        counts = [getattr(out, name) for name in MirrorTransfers.__dataclass_fields__ if name != "unpinned"]
-        return MirrorTransfers(*counts, text(out.unpinned))
+        values: dict[str, Any] = {name: getattr(out, name) for name in MirrorTransfers.__dataclass_fields__}
+        return MirrorTransfers(**{**values, "unpinned": text(out.unpinned)})
 
     def reset_stats(self) -> None:
         with self._lock:
