@@ -218,8 +218,7 @@ template <class Format> struct StoreBlocks {
 template <> struct StorePiece<Q8_0> : StoreBlocks<Q8_0> {};
 template <> struct StorePiece<Q4_0> : StoreBlocks<Q4_0> {};
 
-// Grid: [pieces of all rows, taps]; 32 lanes to a piece.
-template <class Format> __global__ void __launch_bounds__(kCaptureThreads) capture_rows(const CaptureJob job) {
+template <class Format> __device__ inline void capture_piece(const CaptureJob & job) {
     using Store = StorePiece<Format>;
     constexpr int warps = kCaptureThreads / kLanes;
     __shared__ uint4 stages[warps][Store::stage_bytes ? (Store::stage_bytes + 15) / 16 : 1];
@@ -249,6 +248,9 @@ template <class Format> __global__ void __launch_bounds__(kCaptureThreads) captu
     if (lane == 0 && largest > known) atomicMax(&counters.abs_max, largest);
 }
 
+// Grid: [pieces of all rows, taps]; 32 lanes to a piece.
+template <class Format> __global__ void __launch_bounds__(kCaptureThreads) capture_rows(const CaptureJob job) { capture_piece<Format>(job); }
+
 // -------------------------------------------------------------------------------------------------- read
 
 // Group i of four stored values; value v alone.
@@ -274,8 +276,7 @@ template <class Format> struct LoadBlockGroup {
 template <> struct LoadGroup<Q8_0> : LoadBlockGroup<Q8_0> {};
 template <> struct LoadGroup<Q4_0> : LoadBlockGroup<Q4_0> {};
 
-// Grid: [groups of the longer run, runs]; a lane to a group.
-template <class Format> __global__ void __launch_bounds__(kReadThreads) read_rows(const ReadJob job) {
+template <class Format> __device__ inline void read_group(const ReadJob & job) {
     using Load = LoadGroup<Format>;
     const ReadRun  run = blockIdx.y ? job.run[1] : job.run[0];
     const uint64_t i   = uint64_t(blockIdx.x) * kReadThreads + threadIdx.x;
@@ -286,5 +287,8 @@ template <class Format> __global__ void __launch_bounds__(kReadThreads) read_row
     }
     for (uint64_t v = 4 * i; v < run.n && v < 4 * i + 4; ++v) run.values[v] = Load::one(run.stored, v);
 }
+
+// Grid: [groups of the longer run, runs]; a lane to a group.
+template <class Format> __global__ void __launch_bounds__(kReadThreads) read_rows(const ReadJob job) { read_group<Format>(job); }
 
 } // namespace gm
