@@ -304,7 +304,7 @@ class FeatureMirror:
             raise ArgumentError(f"{len(tensors)} tensors given; this mirror has {self.taps} taps")
         with self._lock:
             handle = self._open()
-            rows = ffi.new("struct ggml_tensor *[]", [_tensor(tensor) for tensor in tensors])
+            rows = ffi.new(_TENSORS, [_tensor(tensor) for tensor in tensors])
             check(lib.gm_mirror_write_taps(handle, _int64(start, "start"), rows))
 
     # -------------------------------------------------------- the one read path
@@ -500,17 +500,22 @@ def _checked_rows(rows: Rows, width: int) -> Rows:
     return rows
 
 
+_TENSOR, _TENSORS = ffi.typeof("struct ggml_tensor *"), ffi.typeof("struct ggml_tensor *[]")
+
+
 def _tensor(tensor: Any) -> Any:
     """A ``struct ggml_tensor *`` from an address, a ctypes pointer or a cffi pointer."""
+    if type(tensor) is int and 0 < tensor < 2**64:
+        return ffi.cast(_TENSOR, tensor)
     if isinstance(tensor, ffi.CData) and ffi.typeof(tensor).kind == "pointer":
-        return ffi.cast("struct ggml_tensor *", tensor)
+        return ffi.cast(_TENSOR, tensor)
     if isinstance(tensor, (ctypes._Pointer, ctypes.c_void_p)):
         tensor = ctypes.cast(tensor, ctypes.c_void_p).value
     if tensor is None or (type(tensor) is int and tensor == 0):
         raise ArgumentError("tensor is a null pointer")
     if type(tensor) is not int or not 0 < tensor < 2**64:
         raise ArgumentError(f"a tensor is given by its address or a pointer, not by {tensor!r:.80}")
-    return ffi.cast("struct ggml_tensor *", tensor)
+    return ffi.cast(_TENSOR, tensor)
 
 
 def _index(value: int, name: str) -> int:

@@ -180,6 +180,12 @@ def test_ring_of_a_context_of_256k(place: Place, name: str, tensors: Tensors) ->
         m.read_tensor(target, start=cap - 2, count=5)
         np.testing.assert_array_equal(tensors.get(target, 5, WIDTH), rows[0][::-1])
         np.testing.assert_array_equal(m.read(start=cap - 8, count=5), rows[-1])
+        snapshot = m.snapshot()
+        m.clear()
+        m.restore(snapshot)
+        for s, x in list(zip(starts, rows, strict=True))[1:]:
+            np.testing.assert_array_equal(m.read(start=s, count=5), x)
+        np.testing.assert_array_equal(m.read(start=cap - 2, count=5), rows[0][::-1])
 
 
 @pytest.mark.slow
