@@ -49,6 +49,7 @@ void Ring::begin_write(int64_t start, int64_t count, uint64_t taps) {
         s.taps &= ~taps;
     });
     for (const Run & run : range) {
+        used_ = std::max(used_, run.slot + run.count);
         std::fill(whole_.begin() + run.slot / kChunk, whole_.begin() + (run.slot + run.count - 1) / kChunk + 1, -1);
     }
     end_ = std::max(end_, start + count);
@@ -76,9 +77,9 @@ void Ring::truncate(int64_t from) {
 }
 
 void Ring::clear() {
-    std::fill(slots_.begin(), slots_.end(), Slot{});
-    std::fill(whole_.begin(), whole_.end(), -1);
-    end_ = 0;
+    std::fill_n(slots_.begin(), used_, Slot{});
+    std::fill_n(whole_.begin(), chunks(used_), -1);
+    end_ = used_ = 0;
 }
 
 static std::string tap_list(uint64_t taps) {
@@ -122,7 +123,8 @@ Error Ring::stale(int64_t start, int64_t count, int64_t p) const {
 
 std::vector<Ring::Live> Ring::live(bool complete_only) const {
     std::vector<Live> live;
-    for (const Slot & s : slots_) {
+    for (int64_t i = 0; i < used_; ++i) {
+        const Slot & s = slots_[size_t(i)];
         if (is_live(s, complete_only)) live.push_back({ s.position, s.taps });
     }
     // A range that wraps lies there as two ascending runs, the later one first.
@@ -134,7 +136,7 @@ std::vector<Ring::Live> Ring::live(bool complete_only) const {
 }
 
 int64_t Ring::count_live(bool complete_only) const {
-    return std::count_if(slots_.begin(), slots_.end(), [&](const Slot & s) { return is_live(s, complete_only); });
+    return std::count_if(slots_.begin(), slots_.begin() + used_, [&](const Slot & s) { return is_live(s, complete_only); });
 }
 
 uint64_t Ring::taps_at(int64_t position) const {

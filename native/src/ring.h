@@ -78,6 +78,7 @@ class Ring {
     uint64_t             all_taps_;
     uint64_t             version_ = 0;
     int64_t              end_     = 0;  // 1 + highest live position: bounds the work of truncate
+    int64_t              used_    = 0;  // slots from here on were not written since the last clear
 };
 
 } // namespace gm
