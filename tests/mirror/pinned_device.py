@@ -22,6 +22,7 @@ from ggml_mirror import FeatureMirror, Snapshot, find_device
 from ggml_mirror.errors import SnapshotMismatchError
 
 from .ggml_tensors import _declare, _dev_buffer_type, _dev_by_name
+from .test_leak import growth
 from .unchanged import unchanged
 
 _POINTER = ctypes.sizeof(c_void_p)
@@ -283,6 +284,21 @@ def test_threads_take_and_drop_snapshots_while_others_write(device: Device, m: F
         assert not thread.is_alive()
     assert not failures, failures[0]
     assert sum(device.pinned.values()) <= m.size.pinned  # the twins are gone
+
+
+def test_mirrors_and_snapshots_that_come_and_go_leave_nothing(device: Device) -> None:
+    """Rings and snapshots of 320 KiB: 200 leaked ones would be 64 MiB."""
+
+    def cycle(i: int) -> None:
+        with FeatureMirror(taps=TAPS, n_embd=N_EMBD, cap=CAP, dtype="f32", device="pinned", n_threads=1) as mirror:
+            mirror.write_rows(start=i, rows=rows)
+            kept = [mirror.snapshot() for _ in range(2)]
+            mirror.restore(kept[1])
+            mirror.close()
+            assert kept[0].rows[-1].any()
+
+    rows = np.ones((CAP, WIDTH), np.float32)
+    assert growth(cycle, 200) < 8 << 20
 
 
 def test_the_size_is_known_beforehand(device: Device, m: FeatureMirror) -> None:
