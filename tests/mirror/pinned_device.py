@@ -22,7 +22,9 @@ from ggml_mirror import FeatureMirror, Snapshot, find_device
 from ggml_mirror.errors import SnapshotMismatchError
 
 from .ggml_tensors import _declare, _dev_buffer_type, _dev_by_name
+from .places import Place
 from .test_leak import growth
+from .test_pinned import round_trips
 from .unchanged import unchanged
 
 _POINTER = ctypes.sizeof(c_void_p)
@@ -284,6 +286,11 @@ def test_threads_take_and_drop_snapshots_while_others_write(device: Device, m: F
         assert not thread.is_alive()
     assert not failures, failures[0]
     assert sum(device.pinned.values()) <= m.size.pinned  # the twins are gone
+
+
+@pytest.mark.parametrize("dtype", ["f32", "q8_0"])
+def test_what_a_gpu_is_tested_for(device: Device, dtype: str) -> None:
+    round_trips(Place("pinned", ggml_ops=False, is_host=False), dtype, cap=50)
 
 
 def test_mirrors_and_snapshots_that_come_and_go_leave_nothing(device: Device) -> None:

@@ -40,18 +40,28 @@ def test_host_memory_is_not_pinned() -> None:
 def test_a_gpu_copies_to_and_from_pinned_memory(place: Place, dtype: str) -> None:
     if place.is_host:
         pytest.skip("host memory is not pinned")
-    cap, x = 700, np.random.default_rng(3).standard_normal((700, TAPS * N_EMBD)).astype(np.float32)
+    round_trips(place, dtype)  # starts the device, and what its driver keeps
+    gc.collect()
     free, resident = find_device(place.device).memory_free, psutil.Process().memory_info().rss
+    round_trips(place, dtype)
+    gc.collect()
+    assert find_device(place.device).memory_free > free - (64 << 20)
+    assert psutil.Process().memory_info().rss < resident + (64 << 20)
+
+
+def round_trips(place: Place, dtype: str, cap: int = 700) -> None:
+    """Snapshots of rows that wrap go back as they are, and by way of staging; each in two copies, all of them pinned."""
+    x, start = np.random.default_rng(3).standard_normal((cap, TAPS * N_EMBD)).astype(np.float32), cap + cap // 3
     with (
         CPU_LOOPS.mirror(taps=TAPS, n_embd=N_EMBD, cap=cap, dtype=dtype) as plain,
         place.mirror(taps=TAPS, n_embd=N_EMBD, cap=cap, dtype=dtype) as m,
         place.mirror(taps=TAPS, n_embd=N_EMBD, cap=cap, dtype=dtype) as other,
     ):
-        m.write_rows(start=1000, rows=x)
+        m.write_rows(start=start, rows=x)
         taken = m.snapshot()
         plain.restore(taken)
-        np.testing.assert_array_equal(plain.read(start=1000, count=cap), m.read(start=1000, count=cap))
-        for snapshot in (taken, plain.snapshot()):  # pinned itself, and by way of staging
+        np.testing.assert_array_equal(plain.read(start=start, count=cap), m.read(start=start, count=cap))
+        for snapshot in (taken, plain.snapshot()):
             other.clear()
             other.restore(snapshot)
             np.testing.assert_array_equal(other.snapshot().rows, taken.rows)
@@ -59,14 +69,10 @@ def test_a_gpu_copies_to_and_from_pinned_memory(place: Place, dtype: str) -> Non
             moved = mirror.transfers()
             assert moved.unpinned == ""
             assert moved.pinned_copies == moved.save_copies + moved.load_copies
-            assert moved.save_copies + moved.load_copies == 2 * (moved.save_calls + moved.load_calls)  # all wrap
+            assert moved.pinned_copies == 2 * (moved.save_calls + moved.load_calls)
         for _ in range(20):
             m.restore(m.snapshot())
         assert 0 < m.transfers().pinned_bytes <= m.size.pinned + other.size.pinned
         row = taken.rows[5].copy()
         m.close()
         np.testing.assert_array_equal(taken.rows[5], row)
-        del taken, snapshot
-    gc.collect()
-    assert find_device(place.device).memory_free > free - (64 << 20)
-    assert psutil.Process().memory_info().rss < resident + (200 << 20)
