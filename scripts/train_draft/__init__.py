@@ -1,0 +1,1 @@
+"""Trains a DFlash draft for a small GGUF target: see docs/TRAINING.md."""
