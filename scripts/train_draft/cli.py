@@ -6,6 +6,7 @@
     export      its GGUF                                             torch (to read the checkpoint)
     evaluate    acceptance on the benchmark's prompts                torch
     all         generate, train, export and evaluate, with the target loaded once
+    plot        loss and accuracy of a report                        matplotlib
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from .target import Target, TargetFile
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, rich_markup_mode=None)
-console = Console(stderr=True, highlight=False)
+console = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 200)
 
 Model = Annotated[Path, typer.Option("-m", "--model", help="The target, a GGUF.")]
 Work = Annotated[Path, typer.Option("--work", help="Folder of what the stages make.")]
@@ -53,6 +54,7 @@ SaveEvery = Annotated[float, typer.Option(help="Seconds between checkpoints.", m
 Output = Annotated[Path, typer.Option("-o", "--output", help="The draft's GGUF.")]
 MatrixType = Annotated[str, typer.Option("--type", help="Of the draft's matrices: q8_0, f16, f32.")]
 Predict = Annotated[int, typer.Option("-n", "--n-predict", help="Tokens to evaluate on behind each prompt.", min=8)]
+EvaluatePrompts = Annotated[int, typer.Option(help="Prompts of the benchmark to evaluate on; 0: all.", min=0)]
 Seed = Annotated[int, typer.Option(help="Same seed, same data.", min=0)]
 Json = Annotated[Path | None, typer.Option("--json", help="Write every figure to this file.")]
 PlotFile = Annotated[Path | None, typer.Option("--plot", help="Draw loss and accuracy (.png, .svg, .pdf).")]
@@ -152,11 +154,36 @@ def export(model: Model, work: Work, output: Output, matrix_type: MatrixType = "
 
 
 @app.command()
-def evaluate(model: Model, work: Work, device: Device = "auto", n_predict: Predict = 128, json_file: Json = None) -> None:
+def evaluate(
+    model: Model,
+    work: Work,
+    device: Device = "auto",
+    n_predict: Predict = 128,
+    evaluate_prompts: EvaluatePrompts = 0,
+    json_file: Json = None,
+) -> None:
     """Acceptance on the benchmark's prompts, greedy, without quantisation of the draft."""
     run = _Run(model, work, device)
-    run.evaluate(n_predict)
+    run.evaluate(n_predict, evaluate_prompts)
     run.report(json_file)
+
+
+@app.command("plot")
+def plot_report(
+    report: Annotated[Path, typer.Argument(help="What --json wrote.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="A .png, .svg or .pdf file.")],
+) -> None:
+    """Draw the loss and accuracy of a report, where the machine that trained has no matplotlib."""
+    import json
+
+    from .plot import check_plot, plot_history
+
+    check_plot()
+    try:
+        history = json.loads(report.read_text(encoding="utf-8"))["train"]["history"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{report} is no report of a training: {error}") from error
+    plot_history(history, output)
 
 
 @app.command("all")
@@ -186,6 +213,7 @@ def all_stages(
     save_every: SaveEvery = 60,
     matrix_type: MatrixType = "q8_0",
     n_predict: Predict = 128,
+    evaluate_prompts: EvaluatePrompts = 0,
     seed: Seed = 0,
     json_file: Json = None,
     plot_file: PlotFile = None,
@@ -200,7 +228,7 @@ def all_stages(
         muon_rate=muon_rate, adam_rate=adam_rate, save_every=save_every, seed=seed,
     )  # fmt: skip
     run.export(output, matrix_type)
-    run.evaluate(n_predict)
+    run.evaluate(n_predict, evaluate_prompts)
     run.report(json_file)
 
 
@@ -249,7 +277,7 @@ class _Run:
             self.figures["device"] = torch.cuda.get_device_name(torch.device(device))
         dtype = torch.bfloat16 if kind == "cuda" else torch.float32
         longest = max(map(len, self.prompts.evaluation), default=0) if self.prompts else 0
-        target = Target(self.file, device=device, dtype=dtype, max_length=max(self.file.config.n_ctx if kind == "cpu" else 0, longest + 4096))
+        target = Target(self.file, device=device, dtype=dtype, max_length=longest + 4096)
         console.print(f"{self.file.path.name}: {self.file.config.arch}, on {self.figures['device']} in {time.monotonic() - started:.1f} s")
         return target
 
@@ -324,16 +352,17 @@ class _Run:
         write_draft(output, state["config"], tensors, self.file.reader, matrix_type=matrix_type)
         console.print(f"export: {output}, {output.stat().st_size / 1e6:.1f} MB, matrices {matrix_type}, step {state['step']}")
 
-    def evaluate(self, n_predict: int) -> None:
+    def evaluate(self, n_predict: int, n_prompts: int) -> None:
         from .evaluation import evaluate
         from .training import load_draft
 
         assert self.target is not None
         if self.prompts is None or not self.prompts.evaluation:
             raise InputError(f"{self.work / 'prompts.npz'} holds no prompts for evaluation")
-        length = max(map(len, self.prompts.evaluation)) + n_predict + 8
+        prompts = self.prompts.evaluation[: n_prompts or None]
+        length = max(map(len, prompts)) + n_predict + 8
         draft = load_draft(self.work / "checkpoint.pt", self.target, self.id, max_length=length)
-        found = evaluate(draft, self.target, self.prompts.evaluation, n_predict)
+        found = evaluate(draft, self.target, prompts, n_predict)
         self.figures["evaluate"] = {**found.__dict__, "tau": found.tau, "acceptance": found.acceptance}
         console.print(
             f"evaluate: {found.prompts} prompts, {found.tokens} tokens, accepted {found.accepted}/{found.proposed} "

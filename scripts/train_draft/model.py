@@ -124,7 +124,9 @@ class DraftModel(nn.Module):
         self.fc = _matrix(config.n_embd, len(config.taps) * config.n_embd)
         self.enc_output_norm = nn.Parameter(torch.ones(config.n_embd))
         self.blk = nn.ModuleList(_Layer(config) for _ in range(config.n_layer))
+        # In parts of the target's own norm, which fits the head that follows: the draft's is output_norm * output_gain.
         self.output_norm = nn.Parameter(torch.ones(config.n_embd))
+        self.register_buffer("output_gain", torch.ones(config.n_embd))
         cos, sin = rope_table(config.head_dim, config.rope_base, max_length, torch.device("cpu"))
         self.register_buffer("_cos", cos, persistent=False)
         self.register_buffer("_sin", sin, persistent=False)
@@ -167,7 +169,7 @@ class DraftModel(nn.Module):
             cur = self._norm(x, layer.ffn_norm).to(self.dtype)
             cur = F.silu(self._linear(cur, layer.ffn_gate)) * self._linear(cur, layer.ffn_up)
             x = x + self._linear(cur, layer.ffn_down)
-        return self._norm(x, self.output_norm).to(self.dtype).unflatten(1, (n_blocks, size))
+        return self._norm(x, self.output_norm * self.output_gain).to(self.dtype).unflatten(1, (n_blocks, size))
 
     def _linear(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight.to(x.dtype))
@@ -195,4 +197,5 @@ class DraftModel(nn.Module):
     def tensors(self) -> dict[str, Tensor]:
         """Each parameter under its name in the GGUF."""
         names = {"fc": "fc.weight", "enc_output_norm": "enc.output_norm.weight", "output_norm": "output_norm.weight"}
-        return {names.get(name, f"{name}.weight"): p.detach() for name, p in self.named_parameters()}
+        found = {names.get(name, f"{name}.weight"): p.detach() for name, p in self.named_parameters()}
+        return {**found, "output_norm.weight": self.output_norm.detach() * self.output_gain}

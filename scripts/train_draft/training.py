@@ -30,6 +30,7 @@ from .work_files import write_whole
 _DECAY = 4.0  # tokens, over which a position's weight falls by e
 _WARM_UP, _COOL_DOWN = 0.02, 0.4  # parts of the budget
 _LOG_EVERY = 20  # steps
+_FIRST_LOGIT = 10.0
 
 
 @dataclass(frozen=True)
@@ -72,23 +73,27 @@ def rate_at(part: float) -> float:
 class Vocabulary:
     """The tokens that a step's loss is over."""
 
-    def __init__(self, sequences: Sequences, n_vocab: int, settings: Settings, device: torch.device) -> None:
+    def __init__(
+        self, sequences: Sequences, n_vocab: int, mask_token: int, settings: Settings, device: torch.device
+    ) -> None:
         counts = np.bincount(sequences.tokens.ravel(), minlength=n_vocab)
+        counts[mask_token] = counts.max() + 1  # each block is full of its embedding, so it must be unlearned as an answer
         self._n_random = min(settings.random, max(n_vocab - settings.frequent, 0))
         order = np.argsort(-counts, kind="stable")
-        self._frequent = torch.from_numpy(order[: settings.frequent].copy()).to(device)
+        self.frequent = torch.from_numpy(order[: settings.frequent].copy()).to(device)
         self._rest = torch.from_numpy(order[settings.frequent :].copy()).to(device)
         #: Part of the data's tokens that the loss always has.
+        counts[mask_token] = 0
         self.coverage = float(counts[order[: settings.frequent]].sum() / max(counts.sum(), 1))
         self._place = torch.full((n_vocab,), -1, dtype=torch.int64, device=device)
-        self._place[self._frequent] = torch.arange(len(self._frequent), device=device)
+        self._place[self.frequent] = torch.arange(len(self.frequent), device=device)
 
     def draw(self, random: torch.Generator) -> Tensor:
         """Token ids; the frequent ones come first, always at the same places."""
         if not self._n_random:
-            return self._frequent
+            return self.frequent
         start = torch.randint(len(self._rest) - self._n_random + 1, (1,), generator=random).item()
-        return torch.cat([self._frequent, self._rest[start : start + self._n_random]])
+        return torch.cat([self.frequent, self._rest[start : start + self._n_random]])
 
     def place(self, tokens: Tensor) -> Tensor:
         """Where frequent tokens stand in :meth:`draw`; -1 for others, whose positions get no loss."""
@@ -127,10 +132,10 @@ class Trainer:
         self._ends = torch.from_numpy(self.sequences.lengths).to(self.device).long()
         self._steps = torch.arange(1, config.block_size, device=self.device)
         self._weights = torch.exp(-(self._steps - 1) / _DECAY)
-        self.vocabulary = Vocabulary(self.sequences, target.config.n_vocab, settings, self.device)
+        self.vocabulary = Vocabulary(self.sequences, target.config.n_vocab, config.mask_token, settings, self.device)
         torch.manual_seed(settings.seed)
         self.draft = DraftModel(config, dtype=target.dtype, max_length=self._tokens.shape[1] + config.block_size)
-        self.draft.output_norm.data.copy_(target.output_norm.float())  # the head is the target's own
+        self.draft.output_gain.copy_(target.output_norm.float())
         self.draft.to(self.device)
         self._optimiser = Optimiser(
             self.draft.parameters(), muon_rate=settings.muon_rate, adam_rate=settings.adam_rate
@@ -138,6 +143,8 @@ class Trainer:
         self.progress = Progress()
         if checkpoint.exists():
             self._resume()
+        else:
+            self._calibrate()
 
     def run(self, tell: Callable[[Progress], None]) -> None:
         """Train until the budget is used up; the checkpoint is written on the way and at the end."""
@@ -163,9 +170,16 @@ class Trainer:
         tell(progress)
         self.save()
 
-    def _step(self, scale: float) -> Tensor:
-        """One step. Sums for the log: weighted loss, its weight, then right and counted per position."""
-        random = torch.Generator().manual_seed(self.settings.seed * 1000003 + self.progress.step)
+    @torch.no_grad()
+    def _calibrate(self) -> None:
+        """Begin with logits of the size of :data:`_FIRST_LOGIT`: the target's norm makes large ones of a direction that is still wrong."""
+        hidden, _, _ = self._hidden(torch.Generator().manual_seed(self.settings.seed))
+        largest = (hidden[:4].flatten(0, 2) @ self.target.head[self.vocabulary.frequent].T).float().abs().amax(-1).mean()
+        self.draft.output_norm.fill_(min(1.0, _FIRST_LOGIT / max(float(largest), 1e-6)))
+
+    def _hidden(self, random: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """Hidden states of random blocks ``[B, A, block_size - 1, n_embd]``, the tokens that they should predict, and which of those
+        the target wrote."""
         rows = torch.randint(len(self._tokens), (self.settings.n_rows,), generator=random).to(self.device)
         tokens = self._tokens[rows].long()
         first, ends = self._first[rows, None], self._ends[rows, None]
@@ -176,12 +190,18 @@ class Trainer:
 
         where = anchors[..., None] + self._steps
         wanted = tokens.gather(1, where.clamp(max=tokens.shape[1] - 1).flatten(1)).view_as(where)
+        return hidden, wanted, where < ends[..., None]
+
+    def _step(self, scale: float) -> Tensor:
+        """One step. Sums for the log: weighted loss, its weight, then right and counted per position."""
+        random = torch.Generator().manual_seed(self.settings.seed * 1000003 + self.progress.step)
+        hidden, wanted, written = self._hidden(random)
         place = self.vocabulary.place(wanted)
-        counts = (where < ends[..., None]) & (place >= 0)
+        counts = written & (place >= 0)
         weights = torch.where(counts, self._weights, 0.0)
         ids = self.vocabulary.draw(random)
         logits = (hidden @ self.target.head[ids].T).float().flatten(0, 2)
-        losses = F.cross_entropy(logits, place.clamp(min=0).flatten(), reduction="none").view_as(where)
+        losses = F.cross_entropy(logits, place.clamp(min=0).flatten(), reduction="none").view_as(place)
         total = (losses * weights).sum()
         (total / weights.sum().clamp(min=1.0)).backward()
         self._optimiser.step(scale)
