@@ -6,6 +6,7 @@ torch is no dependency of the tests: what needs it is skipped without it (pip in
 from __future__ import annotations
 
 import itertools
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,12 @@ from tiny_models import BOS, MASK, N_VOCAB, write_tiny_model
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 
-from train_draft.errors import InputError, UnsupportedTargetError  # noqa: E402
-from train_draft.export import find_mask_token, write_draft  # noqa: E402
-from train_draft.prompts import Benchmark, collect  # noqa: E402
-from train_draft.sequences import N_GRAM, Prompts, Sequences, n_gram_hashes  # noqa: E402
+from train_draft.errors import InputError, UnsupportedTargetError
+from train_draft.export import find_mask_token, write_draft
+from train_draft.prompts import Benchmark, collect
+from train_draft.sequences import N_GRAM, Prompts, Sequences, n_gram_hashes
 
-from ggml_mirror import DFlashLlama, FeatureMirror, capture  # noqa: E402
+from ggml_mirror import DFlashLlama, FeatureMirror, capture
 
 ARCHS = ("llama", "qwen3", "gemma3")
 TAPS, BLOCK, N_EMBD, N_CTX = (1, 2, 3, 4, 5), 8, 64, 256
@@ -87,14 +88,20 @@ def random_draft(config: dict[str, Any], seed: int = 0) -> dict[str, np.ndarray]
     rng = np.random.default_rng(seed)
     e, f, d = config["n_embd"], config["n_ff"], config["head_dim"]
     q, kv = config["n_head"] * d, config["n_head_kv"] * d
-    shapes: dict[str, tuple[int, ...]] = {"fc": (e, len(config["taps"]) * e), "enc.output_norm": (e,), "output_norm": (e,)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "fc": (e, len(config["taps"]) * e),
+        "enc.output_norm": (e,),
+        "output_norm": (e,),
+    }
     for i in range(config["n_layer"]):
         layer = {
             "attn_norm": (e,), "ffn_norm": (e,), "attn_q_norm": (d,), "attn_k_norm": (d,), "attn_q": (q, e), "attn_k": (kv, e),
             "attn_v": (kv, e), "attn_output": (e, q), "ffn_gate": (f, e), "ffn_up": (f, e), "ffn_down": (e, f),
         }  # fmt: skip
         shapes.update({f"blk.{i}.{name}": shape for name, shape in layer.items()})
-    return {f"{n}.weight": (rng.normal(1.0 if len(s) == 1 else 0, 0.1, s)).astype(np.float32) for n, s in shapes.items()}
+    return {
+        f"{n}.weight": (rng.normal(1.0 if len(s) == 1 else 0, 0.1, s)).astype(np.float32) for n, s in shapes.items()
+    }
 
 
 CONFIG = {
@@ -124,7 +131,9 @@ def test_export_is_laid_out_as_the_demo_draft(tmp_path: Path, demo: gguf.GGUFRea
     names = {t.name: t for t in demo.tensors if not t.name.startswith("blk.") or int(t.name.split(".")[1]) < 2}
     assert {t.name for t in made.tensors} == set(names)
     for tensor in made.tensors:
-        wanted = gguf.GGMLQuantizationType.F32 if tensor.data.ndim == 1 else gguf.GGMLQuantizationType[matrix_type.upper()]
+        wanted = (
+            gguf.GGMLQuantizationType.F32 if tensor.data.ndim == 1 else gguf.GGMLQuantizationType[matrix_type.upper()]
+        )
         assert tensor.tensor_type == wanted
         values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
         np.testing.assert_allclose(values, tensors[tensor.name], atol=0.004)
@@ -293,7 +302,10 @@ def test_the_exported_draft_says_what_torch_says(trained: Trained) -> None:
 
 
 def test_text_with_the_trained_draft_is_the_target_s(trained: Trained) -> None:
-    plain, drafting = Llama(str(trained.target), **EXACT), DFlashLlama(str(trained.target), draft_path=str(trained.draft), **EXACT)
+    plain, drafting = (
+        Llama(str(trained.target), **EXACT),
+        DFlashLlama(str(trained.target), draft_path=str(trained.draft), **EXACT),
+    )
     for prompt in random_prompts(3, seed=7):
         texts = [list(itertools.islice(m.generate(prompt.tolist(), temp=0.0), 40)) for m in (plain, drafting)]
         assert texts[0] == texts[1]
@@ -312,12 +324,21 @@ def test_evaluation_counts_as_decoding_does(trained: Trained) -> None:
     prompts = random_prompts(4, seed=5)
     target = load_target(trained.target)
     found = evaluate(
-        load_draft(trained.work / "checkpoint.pt", target, identity(trained.target), max_length=N_CTX), target, prompts, 40
+        load_draft(trained.work / "checkpoint.pt", target, identity(trained.target), max_length=N_CTX),
+        target,
+        prompts,
+        40,
     )
+    trained.run("evaluate", "--device", "cpu", "-n", 40, "--json", trained.work / "evaluate.json")
+    figures = json.loads((trained.work / "evaluate.json").read_text())["evaluate"]
+    assert (figures["steps"], figures["accepted"]) == (found.steps, found.accepted) and figures["tau"] == found.tau
     llm = DFlashLlama(str(trained.target), draft_path=str(trained.draft), **EXACT)
     counts = sum((generate(llm, p.tolist(), 40).counts for p in prompts), Counts())
     llm.close()
-    assert (found.steps, found.proposed, found.accepted) == (counts.steps, counts.proposed, counts.accepted), (found, counts)
+    assert (found.steps, found.proposed, found.accepted) == (counts.steps, counts.proposed, counts.accepted), (
+        found,
+        counts,
+    )
     assert found.accepted
 
 

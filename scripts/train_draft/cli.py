@@ -1,12 +1,12 @@
 """The stages of a training as commands. Each keeps its results in --work and goes on from them if it is run again.
 
-    prompts     what the target is to go on from, as tokens          needs llama-cpp-python; no GPU
-    generate    the target writes the training data                  torch
-    train       the draft                                            torch
-    export      its GGUF                                             torch (to read the checkpoint)
-    evaluate    acceptance on the benchmark's prompts                torch
-    all         generate, train, export and evaluate, with the target loaded once
-    plot        loss and accuracy of a report                        matplotlib
+prompts     what the target is to go on from, as tokens          needs llama-cpp-python; no GPU
+generate    the target writes the training data                  torch
+train       the draft                                            torch
+export      its GGUF                                             torch (to read the checkpoint)
+evaluate    acceptance on the benchmark's prompts                torch
+all         generate, train, export and evaluate, with the target loaded once
+plot        loss and accuracy of a report                        matplotlib
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ Layers = Annotated[int, typer.Option(help="Layers of the draft.", min=1, max=64)
 BlockSize = Annotated[int, typer.Option(help="Tokens in a block, the last committed one included.", min=2, max=64)]
 HeadDim = Annotated[int, typer.Option(help="Width of the draft's heads.", min=2)]
 Taps = Annotated[str | None, typer.Option(help="Blocks of the target that are tapped, such as 1,4,8,12,15.")]
-MaskToken = Annotated[int | None, typer.Option(help="Token that stands for those to be drafted; default: an unused one.")]
+MaskToken = Annotated[
+    int | None, typer.Option(help="Token that stands for those to be drafted; default: an unused one.")
+]
 Frequent = Annotated[int, typer.Option(help="The loss is over so many of the data's most frequent tokens,", min=1)]
 Random = Annotated[int, typer.Option("--random", help="and so many others that change at each step.", min=0)]
 MuonRate = Annotated[float, typer.Option(help="Learning rate of matrices.", min=0)]
@@ -66,9 +68,15 @@ def prompts(
     work: Work,
     n: Annotated[int, typer.Option("-n", help="Prompts to make.", min=1)] = 49152,
     longest: Annotated[int, typer.Option(help="Tokens of a prompt, at most.", min=8)] = 192,
-    source: Annotated[list[Path] | None, typer.Option(help="Python files or folders; default: standard library, packages.")] = None,
-    exclude: Annotated[Path | None, typer.Option(help="HumanEval.jsonl.gz, or prompts as .jsonl; default: fetched.")] = None,
-    own: Annotated[Path | None, typer.Option("--prompts", help="Your own prompts (.jsonl) in place of Python functions.")] = None,
+    source: Annotated[
+        list[Path] | None, typer.Option(help="Python files or folders; default: standard library, packages.")
+    ] = None,
+    exclude: Annotated[
+        Path | None, typer.Option(help="HumanEval.jsonl.gz, or prompts as .jsonl; default: fetched.")
+    ] = None,
+    own: Annotated[
+        Path | None, typer.Option("--prompts", help="Your own prompts (.jsonl) in place of Python functions.")
+    ] = None,
     seed: Seed = 0,
 ) -> None:
     """Make the prompts: tokens of Python functions, none of which the benchmark has, and the benchmark's own for evaluation."""
@@ -84,7 +92,9 @@ def prompts(
             if not path.exists():
                 raise InputError(f"--source {path}: there is no such file or folder")
         texts, counts = collect(benchmark, source or default_sources(), n, seed)
-        console.print(f"{counts.source} functions of packages, {counts.made_up} made up, {counts.dropped} dropped: benchmark")
+        console.print(
+            f"{counts.source} functions of packages, {counts.made_up} made up, {counts.dropped} dropped: benchmark"
+        )
     tokenize = Tokenizer(model)
     made = Prompts(
         [t for t in tokenize(texts, longest=longest) if len(t) > 1],
@@ -93,7 +103,9 @@ def prompts(
     )
     made.save(work / "prompts.npz")
     total = sum(map(len, made.prompts))
-    console.print(f"{work / 'prompts.npz'}: {len(made.prompts)} prompts, {total} tokens; {len(made.evaluation)} for evaluation")
+    console.print(
+        f"{work / 'prompts.npz'}: {len(made.prompts)} prompts, {total} tokens; {len(made.evaluation)} for evaluation"
+    )
 
 
 @app.command()
@@ -228,6 +240,7 @@ def all_stages(
         muon_rate=muon_rate, adam_rate=adam_rate, save_every=save_every, seed=seed,
     )  # fmt: skip
     run.export(output, matrix_type)
+    run.report(json_file)  # whatever happens to the evaluation
     run.evaluate(n_predict, evaluate_prompts)
     run.report(json_file)
 
@@ -236,7 +249,14 @@ class _Run:
     """One call of the program: the target on its device, and the folder."""
 
     def __init__(
-        self, model: Path, work: Path, device: str, length: int = 0, *, weights: bool = True, plot_file: Path | None = None
+        self,
+        model: Path,
+        work: Path,
+        device: str,
+        length: int = 0,
+        *,
+        weights: bool = True,
+        plot_file: Path | None = None,
     ) -> None:
         from .plot import check_plot
         from .target import TargetFile
@@ -273,12 +293,13 @@ class _Run:
         started = time.monotonic()
         if kind == "cuda":
             torch.backends.cuda.enable_cudnn_sdp(False)  # it would make a plan for each new shape
-            torch.set_float32_matmul_precision("high")
             self.figures["device"] = torch.cuda.get_device_name(torch.device(device))
         dtype = torch.bfloat16 if kind == "cuda" else torch.float32
         longest = max(map(len, self.prompts.evaluation), default=0) if self.prompts else 0
         target = Target(self.file, device=device, dtype=dtype, max_length=longest + 4096)
-        console.print(f"{self.file.path.name}: {self.file.config.arch}, on {self.figures['device']} in {time.monotonic() - started:.1f} s")
+        console.print(
+            f"{self.file.path.name}: {self.file.config.arch}, on {self.figures['device']} in {time.monotonic() - started:.1f} s"
+        )
         return target
 
     def generate(self, n_rows: int, minutes: float, millions: float, greedy: float, seed: int) -> None:
@@ -291,7 +312,9 @@ class _Run:
 
         def tell(shards: int, written: int, seconds: float) -> None:
             self.figures["generate"] = {"shards": shards, "tokens": written, "seconds": seconds}
-            console.print(f"generate: {shards} shards, {written / 1e6:.2f} M tokens, {seconds:.0f} s, {written / seconds:.0f} tok/s")
+            console.print(
+                f"generate: {shards} shards, {written / 1e6:.2f} M tokens, {seconds:.0f} s, {written / seconds:.0f} tok/s"
+            )
 
         generate(
             self.target, self.prompts, self.work / "sequences",
@@ -350,7 +373,9 @@ class _Run:
         draft.load_state_dict(state["draft"])
         tensors = {name: t.float().numpy() for name, t in draft.tensors().items()}
         write_draft(output, state["config"], tensors, self.file.reader, matrix_type=matrix_type)
-        console.print(f"export: {output}, {output.stat().st_size / 1e6:.1f} MB, matrices {matrix_type}, step {state['step']}")
+        console.print(
+            f"export: {output}, {output.stat().st_size / 1e6:.1f} MB, matrices {matrix_type}, step {state['step']}"
+        )
 
     def evaluate(self, n_predict: int, n_prompts: int) -> None:
         from .evaluation import evaluate
@@ -374,7 +399,9 @@ class _Run:
             write_json(self.figures, json_file)
 
 
-def _draft_config(run: _Run, layers: int, block_size: int, head_dim: int, taps: str | None, mask_token: int | None) -> Any:
+def _draft_config(
+    run: _Run, layers: int, block_size: int, head_dim: int, taps: str | None, mask_token: int | None
+) -> Any:
     from .export import find_mask_token
     from .model import DraftConfig
 

@@ -58,7 +58,7 @@ def evaluate(draft: DraftModel, target: Target, prompts: list[Ints], n_predict: 
     for i in range(0, len(text), _ROWS):
         rows = slice(i, i + _ROWS)
         right = _right(draft, target, text.tokens[rows], text.prompt_lengths[rows], n_predict)
-        for row, first, end in zip(right, text.prompt_lengths[rows], ends[rows], strict=True):
+        for row, first, end in zip(right, text.prompt_lengths[rows].tolist(), ends[rows].tolist(), strict=True):
             at = first  # of the last committed token: the prefill gives one
             while at < end - 2:
                 room = min(draft.config.block_size - 1, end - at - 2)  # one of the tokens left is the target's own

@@ -14,7 +14,11 @@ from .errors import InputError
 from .work_files import write_whole
 
 #: Types of the matrices, and llama.cpp's number for a file of them.
-TYPES = {"q8_0": gguf.LlamaFileType.MOSTLY_Q8_0, "f16": gguf.LlamaFileType.MOSTLY_F16, "f32": gguf.LlamaFileType.ALL_F32}
+TYPES = {
+    "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
+    "f16": gguf.LlamaFileType.MOSTLY_F16,
+    "f32": gguf.LlamaFileType.ALL_F32,
+}
 
 _MASK_TOKENS = ("<mask>", "<|mask|>", "<MASK>", "[MASK]", "<reponame>", "<unused0>", "<|reserved_special_token_0|>")
 

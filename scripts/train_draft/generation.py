@@ -59,7 +59,10 @@ class Sampler:
         candidates = grouped.gather(1, best[..., None].expand(-1, -1, _GROUP)).flatten(1).float()
         ids = (best[..., None] * _GROUP + torch.arange(_GROUP, device=hidden.device)).flatten(1)
         # Gumbel's trick: the largest of logits + temperature * noise is a draw from their softmax.
-        noise = torch.empty_like(candidates).exponential_(generator=self._random).log_().neg_() * temperatures[:, None]
+        noise = (
+            torch.empty_like(candidates).exponential_(generator=self._random).clamp_(min=1e-30).log_().neg_()
+            * temperatures[:, None]
+        )
         close = (candidates + noise).topk(_CLOSE, -1).indices
         ids, noise = ids.gather(1, close), noise.gather(1, close)
         exact = torch.einsum("bkn,bn->bk", self._head[ids].float(), hidden.float()) + noise
@@ -69,7 +72,13 @@ class Sampler:
 
 @torch.no_grad()
 def continue_prompts(
-    target: Target, prompts: Sequence[Ints], length: int, temperatures: np.ndarray, *, seed: int, cache: KvCache | None = None
+    target: Target,
+    prompts: Sequence[Ints],
+    length: int,
+    temperatures: np.ndarray,
+    *,
+    seed: int,
+    cache: KvCache | None = None,
 ) -> Sequences:
     """Each prompt with what the target writes behind it, up to ``length`` tokens.
 

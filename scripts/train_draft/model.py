@@ -39,7 +39,14 @@ class DraftConfig:
 
     @classmethod
     def for_target(
-        cls, target: TargetConfig, *, taps: Sequence[int] | None, n_layer: int, block_size: int, mask_token: int, head_dim: int
+        cls,
+        target: TargetConfig,
+        *,
+        taps: Sequence[int] | None,
+        n_layer: int,
+        block_size: int,
+        mask_token: int,
+        head_dim: int,
     ) -> DraftConfig:
         """As wide as the target, whose embedding and output matrix it uses.
 

@@ -25,7 +25,12 @@ class Optimiser:
     """
 
     def __init__(
-        self, parameters: Iterable[nn.Parameter], *, muon_rate: float = 0.02, adam_rate: float = 0.003, momentum: float = 0.95
+        self,
+        parameters: Iterable[nn.Parameter],
+        *,
+        muon_rate: float = 0.02,
+        adam_rate: float = 0.003,
+        momentum: float = 0.95,
     ) -> None:
         matrices: dict[tuple[int, ...], list[nn.Parameter]] = defaultdict(list)
         others = []

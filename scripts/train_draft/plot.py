@@ -36,7 +36,9 @@ def plot_history(history: list[dict[str, Any]], path: Path) -> None:
     n = len(history[0]["accuracy"]) if history else 0
     for k in range(n):
         shade = 0.9 - 0.7 * k / max(n - 1, 1)
-        right.plot(seconds, [100 * entry["accuracy"][k] for entry in history], color=(0.1, 0.3, 0.6, shade), label=str(k + 1))
+        right.plot(
+            seconds, [100 * entry["accuracy"][k] for entry in history], color=(0.1, 0.3, 0.6, shade), label=str(k + 1)
+        )
     right.set(xlabel="seconds", ylabel="right, %", ylim=(0, 100))
     right.legend(title="position", frameon=False, ncols=2)
     for axes in (left, right):

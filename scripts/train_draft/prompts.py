@@ -95,7 +95,11 @@ def _of_sources(sources: Sequence[Path], rng: random.Random) -> Iterator[str]:
 
 
 def _functions(tree: ast.Module, lines: list[str], rng: random.Random) -> Iterator[str]:
-    imports = [ast.get_source_segment("\n".join(lines), n) for n in tree.body[:8] if isinstance(n, (ast.Import, ast.ImportFrom))]
+    imports = [
+        ast.get_source_segment("\n".join(lines), n)
+        for n in tree.body[:8]
+        if isinstance(n, (ast.Import, ast.ImportFrom))
+    ]
     head = "\n".join(i for i in imports[:3] if i and len(i) < 80)
     taken = 0
     for node in ast.walk(tree):
@@ -139,14 +143,23 @@ _CONDITIONS = {
         "start with a vowel;are longer than {k} characters;contain only letters;are palindromes;end with a digit;are upper case;"
         "contain a space;appear more than once;are not empty;have an even number of characters;start with '{c}';contain '{c}'"
     ).split(";"),
-    "float": "are above the mean;are below {k};lie within {j} of the median;are finite;are at least {k};are not zero".split(";"),
+    "float": "are above the mean;are below {k};lie within {j} of the median;are finite;are at least {k};are not zero".split(
+        ";"
+    ),
 }
 _AGGREGATES = {
     "int": "sum;product;largest;smallest;median;number;average;list;set;range".split(";"),
     "str": "longest;shortest;number;list;concatenation;set;first;last;most frequent".split(";"),
     "float": "sum;mean;largest;smallest;median;variance;list;number".split(";"),
 }
-_RESULTS = {"number": "int", "list": "List[{t}]", "set": "Set[{t}]", "average": "float", "mean": "float", "variance": "float"}
+_RESULTS = {
+    "number": "int",
+    "list": "List[{t}]",
+    "set": "Set[{t}]",
+    "average": "float",
+    "mean": "float",
+    "variance": "float",
+}
 _DOCS = (
     "Return the {agg} of the {things} that {cond}.",
     "Given a list of {things}, return the {agg} of those that {cond}.",
@@ -167,7 +180,9 @@ _TASKS = (
 def _made_up(rng: random.Random) -> str:
     kind = rng.choice(list(_THINGS))
     verb, things, agg = rng.choice(_VERBS), rng.choice(_THINGS[kind]), rng.choice(_AGGREGATES[kind])
-    cond = rng.choice(_CONDITIONS[kind]).format(j=rng.randint(1, 9), k=rng.randint(2, 50), c=rng.choice("abcdeklmnoprstw"))
+    cond = rng.choice(_CONDITIONS[kind]).format(
+        j=rng.randint(1, 9), k=rng.randint(2, 50), c=rng.choice("abcdeklmnoprstw")
+    )
     slug = "_".join(_WORD.findall(cond))
     arg = rng.choice([things, things, "values", "items", "data", "lst", "xs", "arr"])
     result = _RESULTS.get(agg, "{t}").format(t=kind)
@@ -177,14 +192,22 @@ def _made_up(rng: random.Random) -> str:
     }  # fmt: skip
     if rng.random() < 0.15:
         return rng.choice(_TASKS).format(**parts)
-    name = rng.choice([f"{verb}_{things}", f"{verb}_{things}_that_{slug}", f"{agg.replace(' ', '_')}_of_{things}", f"{verb}_{slug}"])
+    name = rng.choice(
+        [f"{verb}_{things}", f"{verb}_{things}_that_{slug}", f"{agg.replace(' ', '_')}_of_{things}", f"{verb}_{slug}"]
+    )
     doc = rng.choice(_DOCS).format(**parts)
-    extra = rng.choice(["", "", "", f", limit: int = {rng.randint(1, 20)}", f", key: {kind} = None", ", strict: bool = False"])
-    examples = "".join(f"\n    >>> {name}({_example(kind, rng)})" + _shown(agg, kind, rng) for _ in range(rng.randint(0, 3)))
+    extra = rng.choice(
+        ["", "", "", f", limit: int = {rng.randint(1, 20)}", f", key: {kind} = None", ", strict: bool = False"]
+    )
+    examples = "".join(
+        f"\n    >>> {name}({_example(kind, rng)})" + _shown(agg, kind, rng) for _ in range(rng.randint(0, 3))
+    )
     hint = "from typing import List, Set\n\n\n" if rng.random() < 0.6 else ""
     quotes = rng.choice(['"""', '"""', '"""', "'''"])
     lead = rng.choice(["", " ", "\n    "])
-    return f"{hint}def {name}({arg}: List[{kind}]{extra}) -> {result}:\n    {quotes}{lead}{doc}{examples}\n    {quotes}\n"
+    return (
+        f"{hint}def {name}({arg}: List[{kind}]{extra}) -> {result}:\n    {quotes}{lead}{doc}{examples}\n    {quotes}\n"
+    )
 
 
 def _value(kind: str, rng: random.Random) -> str:

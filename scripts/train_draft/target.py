@@ -102,7 +102,9 @@ class TargetFile:
     def _config(self) -> TargetConfig:
         arch = self.key("general.architecture")
         if arch not in _ARCHS:
-            raise UnsupportedTargetError(f"{self.path} is a {arch} model; drafts can be trained for {', '.join(_ARCHS)}")
+            raise UnsupportedTargetError(
+                f"{self.path} is a {arch} model; drafts can be trained for {', '.join(_ARCHS)}"
+            )
 
         def number(name: str, default: Any = None) -> Any:
             value = self.key(f"{arch}.{name}", default)
@@ -201,7 +203,9 @@ class Target:
     def _load(self, name: str) -> Tensor:
         tensor = self._file.tensors.get(name)
         if tensor is None:
-            raise UnsupportedTargetError(f"{self._file.path}: has no tensor {name}, which a {self.config.arch} model needs")
+            raise UnsupportedTargetError(
+                f"{self._file.path}: has no tensor {name}, which a {self.config.arch} model needs"
+            )
         if tensor.tensor_type == gguf.GGMLQuantizationType.Q8_0:
             return self._q8_0(tensor)
         values = np.require(gguf.quants.dequantize(tensor.data, tensor.tensor_type), requirements="W")
@@ -278,7 +282,9 @@ class Target:
         for il, block in enumerate(self._blocks[:n_blocks]):
             slides = c.slides(il)
             cur = self._norm(x, block.attn_norm)
-            cur = self._attention(block, cur, start, slides, masks[slides], None if cache is None else cache.layers[il], rows)
+            cur = self._attention(
+                block, cur, start, slides, masks[slides], None if cache is None else cache.layers[il], rows
+            )
             if block.post_attention_norm is not None:
                 cur = self._norm(cur, block.post_attention_norm)
             x = x + cur

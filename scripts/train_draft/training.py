@@ -1,7 +1,7 @@
 """Training: random anchors in the target's own text, cross-entropy on what follows each, until time is up.
 
-The recipe is DFlash's (https://arxiv.org/abs/2602.06036): weights exp(-(k - 1) / 4) on the k-th drafted token, since a token counts only if all
-before it are right.
+The recipe is DFlash's (https://arxiv.org/abs/2602.06036): weights exp(-(k - 1) / 4) on the k-th drafted token, since a token
+counts only if all before it are right.
 
 The learning rate depends on the part of the time budget that is used, so a run of any length ends with a rate of 0.
 """
@@ -77,7 +77,9 @@ class Vocabulary:
         self, sequences: Sequences, n_vocab: int, mask_token: int, settings: Settings, device: torch.device
     ) -> None:
         counts = np.bincount(sequences.tokens.ravel(), minlength=n_vocab)
-        counts[mask_token] = counts.max() + 1  # each block is full of its embedding, so it must be unlearned as an answer
+        counts[mask_token] = (
+            counts.max() + 1
+        )  # each block is full of its embedding, so it must be unlearned as an answer
         self._n_random = min(settings.random, max(n_vocab - settings.frequent, 0))
         order = np.argsort(-counts, kind="stable")
         self.frequent = torch.from_numpy(order[: settings.frequent].copy()).to(device)
@@ -137,9 +139,7 @@ class Trainer:
         self.draft = DraftModel(config, dtype=target.dtype, max_length=self._tokens.shape[1] + config.block_size)
         self.draft.output_gain.copy_(target.output_norm.float())
         self.draft.to(self.device)
-        self._optimiser = Optimiser(
-            self.draft.parameters(), muon_rate=settings.muon_rate, adam_rate=settings.adam_rate
-        )
+        self._optimiser = Optimiser(self.draft.parameters(), muon_rate=settings.muon_rate, adam_rate=settings.adam_rate)
         self.progress = Progress()
         if checkpoint.exists():
             self._resume()
@@ -174,7 +174,9 @@ class Trainer:
     def _calibrate(self) -> None:
         """Begin with logits of the size of :data:`_FIRST_LOGIT`: the target's norm makes large ones of a direction that is still wrong."""
         hidden, _, _ = self._hidden(torch.Generator().manual_seed(self.settings.seed))
-        largest = (hidden[:4].flatten(0, 2) @ self.target.head[self.vocabulary.frequent].T).float().abs().amax(-1).mean()
+        largest = (
+            (hidden[:4].flatten(0, 2) @ self.target.head[self.vocabulary.frequent].T).float().abs().amax(-1).mean()
+        )
         self.draft.output_norm.fill_(min(1.0, _FIRST_LOGIT / max(float(largest), 1e-6)))
 
     def _hidden(self, random: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -220,7 +222,12 @@ class Trainer:
                 f"{self.checkpoint}"
             )
         accuracy = [right / max(count, 1.0) for right, count in zip(found[2 : 2 + n], found[2 + n :], strict=True)]
-        entry = {"step": self.progress.step, "seconds": round(self.progress.seconds, 3), "loss": loss, "accuracy": accuracy}
+        entry = {
+            "step": self.progress.step,
+            "seconds": round(self.progress.seconds, 3),
+            "loss": loss,
+            "accuracy": accuracy,
+        }
         self.progress.history.append(entry)
 
     def save(self) -> None:
