@@ -131,7 +131,7 @@ class DraftModel(nn.Module):
         self.fc = _matrix(config.n_embd, len(config.taps) * config.n_embd)
         self.enc_output_norm = nn.Parameter(torch.ones(config.n_embd))
         self.blk = nn.ModuleList(_Layer(config) for _ in range(config.n_layer))
-        # Learned in units that fit the target's head: the draft's norm is output_norm * output_gain.
+        # In parts of the target's own norm, which fits the head that follows: the draft's is output_norm * output_gain.
         self.output_norm = nn.Parameter(torch.ones(config.n_embd))
         self.register_buffer("output_gain", torch.ones(config.n_embd))
         cos, sin = rope_table(config.head_dim, config.rope_base, max_length, torch.device("cpu"))

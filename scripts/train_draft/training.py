@@ -30,6 +30,7 @@ from .work_files import write_whole
 _DECAY = 4.0  # tokens, over which a position's weight falls by e
 _WARM_UP, _COOL_DOWN = 0.02, 0.4  # parts of the budget
 _LOG_EVERY = 20  # steps
+_FIRST_LOGIT = 10.0
 
 
 @dataclass(frozen=True)
@@ -136,14 +137,14 @@ class Trainer:
         self.vocabulary = Vocabulary(self.sequences, target.config.n_vocab, config.mask_token, settings, self.device)
         torch.manual_seed(settings.seed)
         self.draft = DraftModel(config, dtype=target.dtype, max_length=self._tokens.shape[1] + config.block_size)
-        # Logits of a random direction begin with a standard deviation of 1. The target's own norm would make them many times as large.
-        rows = target.head[self.vocabulary.frequent].float()
-        self.draft.output_gain.fill_(1.0 / (float(rows.square().sum(-1).mean()) ** 0.5))
+        self.draft.output_gain.copy_(target.output_norm.float())
         self.draft.to(self.device)
         self._optimiser = Optimiser(self.draft.parameters(), muon_rate=settings.muon_rate, adam_rate=settings.adam_rate)
         self.progress = Progress()
         if checkpoint.exists():
             self._resume()
+        else:
+            self._calibrate()
 
     def run(self, tell: Callable[[Progress], None]) -> None:
         """Train until the budget is used up; the checkpoint is written on the way and at the end."""
@@ -168,6 +169,15 @@ class Trainer:
             self._log(sums)
         tell(progress)
         self.save()
+
+    @torch.no_grad()
+    def _calibrate(self) -> None:
+        """Begin with logits of the size of :data:`_FIRST_LOGIT`: the target's norm makes large ones of a direction that is still wrong."""
+        hidden, _, _ = self._hidden(torch.Generator().manual_seed(self.settings.seed))
+        largest = (
+            (hidden[:4].flatten(0, 2) @ self.target.head[self.vocabulary.frequent].T).float().abs().amax(-1).mean()
+        )
+        self.draft.output_norm.fill_(min(1.0, _FIRST_LOGIT / max(float(largest), 1e-6)))
 
     def _hidden(self, random: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Hidden states of random blocks ``[B, A, block_size - 1, n_embd]``, the tokens that they should predict, and which of those
