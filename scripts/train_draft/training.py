@@ -177,7 +177,8 @@ class Trainer:
         largest = (
             (hidden[:4].flatten(0, 2) @ self.target.head[self.vocabulary.frequent].T).float().abs().amax(-1).mean()
         )
-        self.draft.output_norm.fill_(min(1.0, _FIRST_LOGIT / max(float(largest), 1e-6)))
+        # In the fixed gain: the learned part begins at 1, of which Adam's steps are small parts.
+        self.draft.output_gain.mul_(min(1.0, _FIRST_LOGIT / max(float(largest), 1e-6)))
 
     def _hidden(self, random: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Hidden states of random blocks ``[B, A, block_size - 1, n_embd]``, the tokens that they should predict, and which of those
