@@ -19,6 +19,7 @@ from .draft import DraftSpec
 from .draft_memory import mirror_cap, row_shape, staging_cap
 from .dtype import FeatureDtype
 from .errors import ArgumentError, BudgetError, DtypeError
+from .mechanism import CaptureMechanism
 from .memory_parts import PairCosts, Part, Room, rooms, target_parts
 from .model_info import ModelInfo
 from .plan import largest
@@ -127,6 +128,7 @@ def make_budget(
     memory_margin: int | str | None = None,
     feature_rows: str = RAW,
     draft_kv: str = "f16",
+    mechanism: str | CaptureMechanism | None = None,
     extra: Sequence[Part] = (),
     **llama_kwargs: Any,
 ) -> Budget:
@@ -137,6 +139,7 @@ def make_budget(
     Args:
         feature_dtype: a dtype, or "auto": the most precise of :data:`LADDER` that leaves ``memory_margin`` free on the mirror's device.
         memory_margin: bytes, or text such as "512MiB"; None takes :func:`default_margin`.
+        mechanism: how taps leave the target's graph, as for ``DFlashLlama``.
         extra: further parts that the caller will allocate.
         llama_kwargs: as for ``llama_cpp.Llama``.
 
@@ -163,7 +166,9 @@ def make_budget(
     choice = FeatureDtype.resolve_choice(feature_dtype)
     spec = DraftSpec.read(draft_path, target)
     n_draft = resolve_n_draft(n_draft, spec)
-    memory = measure(model_path, n_draft=n_draft, **{**LLAMA_DEFAULTS, **llama_kwargs})
+    memory = measure(
+        model_path, n_draft=n_draft, taps=spec.taps, mechanism=mechanism, **{**LLAMA_DEFAULTS, **llama_kwargs}
+    )
     device = memory.output_device if draft_device == "auto" else find_device(draft_device)
     fixed = (*target_parts(memory, n_outputs=max(outputs, n_draft + 1), lora_path=lora), *extra)
     search = _Search(

@@ -1,8 +1,8 @@
 """Capture: a target's tapped block outputs go straight from the evaluated graph into mirrors.
 
-llama.cpp calls back for each graph node if its context was made with ``cb_eval``. The first :func:`capture` over a
-``llama_cpp.Llama`` therefore remakes its native context, with the same parameters and its state carried over; the callback then
-stays, inert, until the next capture. Positions come from the batch that is evaluated, not from a count of rows.
+Both mechanisms (``mechanism.py``) are given to a context as it is made. The first :func:`capture` over a ``llama_cpp.Llama``
+therefore remakes its native context, with the same parameters and its state carried over; what was put in then stays, inert, until
+the next capture. Positions come from the batch that is evaluated, not from a count of rows.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from ._native import check, ffi, lib
 from .device import Device, devices
 from .errors import ArgumentError, CaptureError
 from .fuser import Fuser
+from .mechanism import CaptureMechanism, Keeper, choose, micro_batches, parse_mechanism
 from .mirror import FeatureMirror
 from .row_kind import FUSED
 from .token_log import TokenLog
@@ -43,7 +44,13 @@ in_use: dict[int, Sequence[Any]] = {}
 
 
 @contextmanager
-def capture(llm: Llama, mirror: Sink | Sequence[Sink], taps: Sequence[int] | None = None) -> Iterator[None]:
+def capture(
+    llm: Llama,
+    mirror: Sink | Sequence[Sink],
+    taps: Sequence[int] | None = None,
+    *,
+    mechanism: str | CaptureMechanism | None = None,
+) -> Iterator[CaptureMechanism]:
     """Send the outputs of blocks ``taps`` to ``mirror`` (or to each of several) whenever ``llm`` evaluates tokens.
 
     Each evaluation first forgets rows at and after its first position, so that the mirror follows the sequence through resets
@@ -55,10 +62,16 @@ def capture(llm: Llama, mirror: Sink | Sequence[Sink], taps: Sequence[int] | Non
         mirror: mirrors of ``len(taps)`` taps and the model's ``n_embd``, on any device; a mirror of fused rows is filled through a
             :class:`~ggml_mirror.fuser.Fuser`.
         taps: 0-based blocks whose outputs are taken; None takes the DFlash default for the model's depth.
+        mechanism: "callback", "outputs" or "auto", see :mod:`ggml_mirror.mechanism`; None takes ``GGML_MIRROR_CAPTURE``, else
+            "auto": outputs on a GPU where the model's graph allows it, else the callback. Rows are the same.
+
+    Yields:
+        The mechanism that is used.
 
     Raises:
-        CaptureError: a tap does not exist, has another width, or gives no row per token; the model is as it was.
-        ArgumentError, ClosedError: the mirrors do not fit the taps, or are closed.
+        CaptureError: a tap does not exist, has another width, or gives no row per token; or a mechanism was named that does not
+            work with this model. The model is as it was.
+        ArgumentError, ClosedError: the mirrors do not fit the taps, or are closed; there is no such mechanism.
 
     Inside, an evaluation that did not give every row raises CaptureError; its rows are forgotten.
 
@@ -68,18 +81,28 @@ def capture(llm: Llama, mirror: Sink | Sequence[Sink], taps: Sequence[int] | Non
             llm.eval(tokens)
             m.read(start=0, count=len(tokens))
     """
-    with attachment(llm, mirror, taps):
-        yield
+    with attachment(llm, mirror, taps, mechanism=mechanism) as used:
+        yield used
+
+
+def capture_mechanism(llm: Llama) -> CaptureMechanism | None:
+    """The mechanism with which taps of this model are taken; None if nothing was captured yet."""
+    hook: Hook | None = getattr(llm._ctx, _ATTRIBUTE, None)
+    return None if hook is None else hook.mechanism
 
 
 def attachment(
-    llm: Llama, mirror: Sink | Sequence[Sink], taps: Sequence[int] | None = None
-) -> AbstractContextManager[None]:
+    llm: Llama,
+    mirror: Sink | Sequence[Sink],
+    taps: Sequence[int] | None = None,
+    *,
+    mechanism: str | CaptureMechanism | None = None,
+) -> AbstractContextManager[CaptureMechanism]:
     """:func:`capture` for a Llama that keeps it itself: what is returned does not refer to the Llama."""
     mirrors: list[Any] = list(mirror) if isinstance(mirror, (list, tuple)) else [mirror]
     layers = _checked_taps(llm, taps)
     _check_mirrors(mirrors, layers)
-    hook = Hook.of(llm)
+    hook = Hook.of(llm, layers, mechanism)
     hook.require(layers, mirrors[0].n_embd)
     source = (_fingerprint(llm), tuple(layers))
     for sink in mirrors:
@@ -93,9 +116,12 @@ def attachment(
 
 
 class Hook:
-    """The eval callback of one native context, and what the model's graph was found to have."""
+    """What takes the taps of one native context, and what the model's graph was found to have."""
 
-    def __init__(self) -> None:
+    def __init__(self, mechanism: CaptureMechanism) -> None:
+        self.mechanism = mechanism
+        self.keeper: Keeper | None = None
+        self.kept: list[int] = []  # blocks whose outputs stay in place
         out = ffi.new("gm_capture **")
         check(lib.gm_capture_new(out))
         self.handle = ffi.gc(out[0], lib.gm_capture_free)
@@ -108,15 +134,44 @@ class Hook:
         self.sinks: list[Sink] = []
 
     @classmethod
-    def of(cls, llm: Llama) -> Hook:
-        """The hook of the Llama's context; made, with a new native context, at the first call."""
+    def of(
+        cls,
+        llm: Llama,
+        layers: Sequence[int],
+        mechanism: str | CaptureMechanism | None = None,
+        n_outputs: int = 1,
+    ) -> Hook:
+        """The hook of the Llama's context; made, with a new native context, at the first call or for another mechanism.
+
+        ``n_outputs``: as for :func:`~ggml_mirror.mechanism.choose`.
+        """
+        wanted = parse_mechanism(mechanism)
         hook: Hook | None = getattr(llm._ctx, _ATTRIBUTE, None)
-        if hook is None:
-            hook = cls()
-            _remake_context(llm, hook)
-            hook.context_ref, hook.llm = weakref.ref(llm._ctx), weakref.ref(llm)
-            setattr(llm._ctx, _ATTRIBUTE, hook)
+        if hook is not None and (wanted in (None, hook.mechanism) or hook.busy):
+            hook.keep(layers)
+            return hook
+        hook = cls(wanted or choose(llm, n_outputs))
+        try:
+            _remake_context(llm, hook, layers)
+        except _NotKept as error:
+            if wanted is not None:
+                raise CaptureError(str(error)) from None
+            hook = cls(CaptureMechanism.CALLBACK)
+            _remake_context(llm, hook, layers)
+        hook.context_ref, hook.llm = weakref.ref(llm._ctx), weakref.ref(llm)
+        setattr(llm._ctx, _ATTRIBUTE, hook)
         return hook
+
+    def keep(self, layers: Sequence[int]) -> None:
+        """Have these blocks' outputs stay in place from the next evaluation on, if that is how they are taken."""
+        if self.mechanism is not CaptureMechanism.OUTPUTS or self.busy or self.kept == list(layers):
+            return
+        if self.context is None or not set(layers) <= set(self.found):
+            return  # `require` says so
+        keeper = Keeper(self.handle, layers)
+        if not keeper.attach(self.context.ctx):
+            raise CaptureError("llama.cpp no longer takes the sampler that keeps block outputs")
+        self.keeper, self.kept = keeper, list(layers)
 
     @property
     def context(self) -> Any:
@@ -146,6 +201,14 @@ class Hook:
         memory = llama_cpp.llama_get_memory(ctx)
         if memory is not None:
             llama_cpp.llama_memory_clear(memory, True)
+        if self.mechanism is CaptureMechanism.OUTPUTS:
+            count = ffi.new("int32_t *")
+            check(lib.gm_capture_kept(self.handle, count))
+            if count[0] != len(self.kept):
+                raise _NotKept(
+                    f"outputs of {count[0]} of the blocks {self.kept} stay in place in this model's graph; capture with "
+                    "mechanism='callback'"
+                )
         tok_embd, output = ffi.new("struct ggml_tensor **"), ffi.new("struct ggml_tensor **")
         check(lib.gm_capture_target_tensors(self.handle, tok_embd, output))
         self.tok_embd, self.output = (int(ffi.cast("uintptr_t", t[0])) for t in (tok_embd, output))
@@ -180,7 +243,7 @@ class Hook:
                 )
 
     @contextmanager
-    def attached(self, layers: Sequence[int], sinks: Sequence[Sink]) -> Iterator[None]:
+    def attached(self, layers: Sequence[int], sinks: Sequence[Sink]) -> Iterator[CaptureMechanism]:
         if self.busy:
             raise CaptureError(
                 "this model is already being captured; leave that capture first, or give it several mirrors"
@@ -200,7 +263,7 @@ class Hook:
             )
         )
         self.busy = True
-        in_use[id(self)] = [self.handle, *mirrors, *fusers]
+        in_use[id(self)] = [self.handle, *([self.keeper.owner] if self.keeper else []), *mirrors, *fusers]
         followed = {
             "decode": self._decode,
             "kv_cache_clear": self._clear,
@@ -210,7 +273,7 @@ class Hook:
         self.sinks = list(sinks)
         vars(self.context).update(followed)
         try:
-            yield
+            yield self.mechanism
         finally:
             context = self.context
             for name in followed if context is not None else ():
@@ -230,12 +293,27 @@ class Hook:
         self._forget_other_tokens(span[0])
         check(lib.gm_capture_begin(self.handle, *span))
         try:
-            decode(self.context, batch)
+            if self.mechanism is CaptureMechanism.OUTPUTS:
+                self._evaluate_and_take(batch)
+            else:
+                decode(self.context, batch)
         except BaseException:
             lib.gm_capture_cancel(self.handle)
             raise
         check(lib.gm_capture_end(self.handle))
         self._note(span, batch)
+
+    def _evaluate_and_take(self, batch: Any) -> None:
+        """Micro-batch by micro-batch: the next one's graph would overwrite the outputs of this one's."""
+        context = self.context
+        decode, ctx = type(context).decode, context.ctx
+        snapshots = llama_cpp.llama_n_rs_seq(ctx)
+        for piece in micro_batches(
+            batch.batch, llama_cpp.llama_n_ubatch(ctx), keep_tail=snapshots + 1 if snapshots else 0
+        ):
+            decode(context, _Piece(piece))
+            llama_cpp.llama_synchronize(ctx)
+            check(lib.gm_capture_take(self.handle, piece.n_tokens))
 
     # A mirror remembers which tokens its rows are of. A sequence that was exchanged behind its back (a state that was loaded, an
     # evaluation while it was not attached) shows itself by other tokens at the same positions.
@@ -286,6 +364,17 @@ class Hook:
         for sink in self.sinks:
             if not sink.closed:
                 sink.truncate(max(position, 0))
+
+
+class _NotKept(CaptureError):
+    """The graph's outputs cannot be kept in place."""
+
+
+class _Piece:
+    """A LlamaBatch as LlamaContext.decode reads it."""
+
+    def __init__(self, batch: Any) -> None:
+        self.batch = batch
 
 
 def _positions(batch: Any) -> tuple[int, int] | None:
@@ -346,15 +435,19 @@ def _check_mirrors(mirrors: Sequence[Any], layers: Sequence[int]) -> None:
             raise ArgumentError(f"the mirrors differ in n_embd: {m.n_embd} and {mirrors[0].n_embd}")
 
 
-def _remake_context(llm: Llama, hook: Hook) -> None:
-    """Give the Llama a native context with the hook as its cb_eval, its state carried over. On failure it is as it was."""
+def _remake_context(llm: Llama, hook: Hook, layers: Sequence[int]) -> None:
+    """Give the Llama a native context with the hook in it, its state carried over. On failure it is as it was."""
     context = llm._ctx
     params = type(llm.context_params).from_buffer_copy(llm.context_params)
     if params.embeddings:
         raise CaptureError("capture works on a model that generates text, not with embedding=True")
-    address = int(ffi.cast("uintptr_t", lib.gm_capture_callback()))
-    params.cb_eval = ctypes.cast(address, llama_cpp.ggml_backend_sched_eval_callback)
-    params.cb_eval_user_data = int(ffi.cast("uintptr_t", hook.handle))
+    if hook.mechanism is CaptureMechanism.OUTPUTS:
+        hook.keeper, hook.kept = Keeper(hook.handle, layers), list(layers)
+        hook.keeper.put_into(params)
+    else:
+        address = int(ffi.cast("uintptr_t", lib.gm_capture_callback()))
+        params.cb_eval = ctypes.cast(address, llama_cpp.ggml_backend_sched_eval_callback)
+        params.cb_eval_user_data = int(ffi.cast("uintptr_t", hook.handle))
 
     state = take_state(context.ctx) if llm.n_tokens > 0 else None
     # Two contexts at once would hold the KV cache twice, which may not fit: the old one goes first.
@@ -382,7 +475,7 @@ def _remake_context(llm: Llama, hook: Hook) -> None:
 def _new_context(llm: Llama, params: Any) -> Any:
     ctx = llama_cpp.llama_init_from_model(llm.model, params)
     if ctx is None:
-        raise CaptureError("llama.cpp could not remake the model's context with a capture callback")
+        raise CaptureError("llama.cpp could not remake the model's context for capture")
     return ctx
 
 

@@ -15,7 +15,7 @@ from llama_cpp import Llama, LlamaState
 
 from .cache.entry import Coverage, run_start
 from .cache.prefix_index import shared_length, token_key
-from .capture import SEQUENCE, Hook, attachment, in_use
+from .capture import SEQUENCE, Hook, attachment, capture_mechanism, in_use
 from .device import find_device
 from .draft import Draft, DraftSpec, draft_bytes
 from .draft_memory import mirror_cap, require_room, row_shape, staging_cap
@@ -24,6 +24,7 @@ from .dtype import AUTO, FeatureDtype
 from .errors import ArgumentError, ClosedError, SnapshotMismatchError
 from .fingerprint import fingerprint
 from .fuser import Fuser
+from .mechanism import CaptureMechanism, parse_mechanism
 from .mirror import FeatureMirror
 from .model_info import ModelInfo
 from .prompt_grid import PromptGrid
@@ -89,6 +90,7 @@ class DFlashLlama(Llama):
         feature_rows: what the mirror holds: "raw", the tapped outputs, or "fused", what the draft makes of them first. Fused rows are
             as wide as the draft (raw ones ``n_taps`` times the target) and bear fewer bits.
         draft_kv: type of the draft's keys and values of the window, "f16" or "q8_0"; "off" computes them anew at each step.
+        mechanism: how taps leave the target's graph, see :func:`ggml_mirror.capture.capture`.
         llama_kwargs: as for ``llama_cpp.Llama``, but for ``draft_model`` and ``embedding``; ``flash_attn`` is on unless given.
 
     Raises:
@@ -122,6 +124,7 @@ class DFlashLlama(Llama):
         memory_margin: int | str | None = None,
         feature_rows: str = RAW,
         draft_kv: str = "f16",
+        mechanism: str | CaptureMechanism | None = None,
         **llama_kwargs: Any,
     ) -> None:
         self._stack = contextlib.ExitStack()  # Llama closes it, also if what follows raises before it has made its own
@@ -136,7 +139,9 @@ class DFlashLlama(Llama):
             "n_draft": n_draft,
             "feature_rows": feature_rows,
             "draft_kv": draft_kv,
+            "mechanism": mechanism,
         }
+        parse_mechanism(mechanism)
         target = ModelInfo.read(model_path)
         self.draft_spec = DraftSpec.read(draft_path, target)
         self.n_draft = resolve_n_draft(n_draft, self.draft_spec)
@@ -148,7 +153,7 @@ class DFlashLlama(Llama):
         llama_kwargs = {**LLAMA_DEFAULTS, **llama_kwargs}
         super().__init__(model_path, **llama_kwargs)
         try:
-            self._start_drafting(draft_window, draft_device, draft_kv)
+            self._start_drafting(draft_window, draft_device, draft_kv, mechanism)
         except BaseException:
             self.close()
             raise
@@ -170,14 +175,16 @@ class DFlashLlama(Llama):
         assert budget.dtype is not None
         return budget.dtype
 
-    def _start_drafting(self, draft_window: int | None, draft_device: str, draft_kv: str) -> None:
+    def _start_drafting(
+        self, draft_window: int | None, draft_device: str, draft_kv: str, mechanism: str | CaptureMechanism | None
+    ) -> None:
         if self.n_batch < self.n_draft + 1:
             raise ArgumentError(
                 f"n_batch is {self.n_batch}; verifying {self.n_draft} drafted tokens needs {self.n_draft + 1}"
             )
         if wants_snapshots(self, self.n_draft):
             self.context_params.n_rs_seq = self.n_draft
-        hook = Hook.of(self)
+        hook = Hook.of(self, self.draft_spec.taps, mechanism, self.n_draft + 1)
         device = find_device(draft_device) if draft_device != "auto" else hook.output_device()
         self.draft_window = resolve_window(draft_window, self.n_ctx())
         spec = self.draft_spec
@@ -222,10 +229,17 @@ class DFlashLlama(Llama):
             self._fuser = self._stack.enter_context(
                 Fuser(self.draft, self.mirror, staging=staging, n_threads=self.n_threads_batch)
             )
-        self._stack.enter_context(attachment(self, self._fuser or self.mirror, spec.taps))
+        self._stack.enter_context(attachment(self, self._fuser or self.mirror, spec.taps, mechanism=mechanism))
         self._rollback = Rollback(self, self.n_draft)
         self._grid = PromptGrid.of(self)
         self.stats = DraftStats()
+
+    @property
+    def capture_mechanism(self) -> CaptureMechanism:
+        """How taps leave the target's graph; see :mod:`ggml_mirror.mechanism`."""
+        mechanism = capture_mechanism(self)
+        assert mechanism is not None
+        return mechanism
 
     def set_cache(self, cache: Any) -> None:
         """As ``Llama.set_cache``: a :class:`ggml_mirror.PrefixCache` of this model, one of llama_cpp's caches, or None.

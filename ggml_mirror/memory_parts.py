@@ -77,9 +77,10 @@ def target_parts(memory: TargetMemory, *, n_outputs: int, lora_path: Any = None)
     for b in memory.buffers:
         parts.append(Part("target_compute", "target compute", b.device, b.compute, _detail(b, "")))
     # llama.cpp keeps logits in host memory and makes room for more positions as they come.
-    parts.append(
-        Part("logits", "logits", cpu, 4 * memory.n_vocab * n_outputs, f"{n_outputs:,} x {memory.n_vocab:,} values")
-    )
+    logits, values = 4 * memory.output_values * memory.n_vocab * n_outputs, f"{n_outputs:,} x {memory.n_vocab:,} values"
+    if memory.output_values > 1:
+        values += f", {memory.output_values} of each: room for sampling in the graph"
+    parts.append(Part("logits", "logits", cpu, logits, values))
     words = _BYTES_PER_TOKEN * memory.n_vocab
     parts.append(
         Part("vocabulary", "vocabulary", cpu, words, f"about {_BYTES_PER_TOKEN} B for each of {memory.n_vocab:,}")

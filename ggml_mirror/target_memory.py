@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from .byte_size import format_bytes
 from .device import Device, devices, host_memory
 from .errors import MirrorMemoryError, ModelFileError, UnsupportedError
 from .llama_log import explained
+from .mechanism import OUTPUT_VALUES, CaptureMechanism, Keeper, choose, parse_mechanism
 from .rollback import Rollback, wants_snapshots
 
 # C++ functions of libllama, under the names that compilers give them. Declared in llama-ext.h, which is not installed.
@@ -57,6 +59,7 @@ class TargetMemory:
         cache_types: of keys and of values, as ggml names them.
         output_device: where the output matrix lies.
         copies_state: drafting copies the context to host memory before each block, for want of another way back (see ``rollback``).
+        output_values: words of 4 bytes that llama.cpp keeps in host memory per output and word of the vocabulary.
     """
 
     buffers: tuple[BufferBytes, ...]
@@ -68,13 +71,23 @@ class TargetMemory:
     cache_types: tuple[str, str]
     output_device: Device
     copies_state: bool
+    output_values: int
 
 
-def measure(model_path: str | os.PathLike[str], *, n_draft: int | None = None, **llama_kwargs: Any) -> TargetMemory:
+def measure(
+    model_path: str | os.PathLike[str],
+    *,
+    n_draft: int | None = None,
+    taps: Sequence[int] = (),
+    mechanism: str | CaptureMechanism | None = None,
+    **llama_kwargs: Any,
+) -> TargetMemory:
     """What a ``Llama`` (with ``n_draft``: a ``DFlashLlama``) of these arguments would allocate for its target.
 
     Args:
         n_draft: drafted tokens per step; for targets with a running state llama.cpp then keeps snapshots of it.
+        taps: blocks whose outputs are captured.
+        mechanism: as for :func:`ggml_mirror.capture.capture`.
         llama_kwargs: as for ``llama_cpp.Llama``.
 
     Raises:
@@ -89,8 +102,11 @@ def measure(model_path: str | os.PathLike[str], *, n_draft: int | None = None, *
     path = os.fspath(model_path)
     try:
         with explained(path), contextlib.closing(_DryLlama(path, **dry, use_mmap=False, verbose=False)) as llm:
-            if n_draft is not None and wants_snapshots(llm, n_draft):
-                _remake_with_snapshots(llm, n_draft)
+            values = 1
+            if n_draft is not None:
+                used = parse_mechanism(mechanism) or choose(llm, n_draft + 1)
+                _remake_for_drafting(llm, n_draft, taps if used is CaptureMechanism.OUTPUTS else ())
+                values = OUTPUT_VALUES[used]
             return TargetMemory(
                 breakdown(llm, mapped=mapped),
                 llm.n_ctx(),
@@ -101,6 +117,7 @@ def measure(model_path: str | os.PathLike[str], *, n_draft: int | None = None, *
                 (_type_name(llm.context_params.type_k), _type_name(llm.context_params.type_v)),
                 _output_device(llm),
                 n_draft is not None and Rollback(llm, n_draft).means == "copies",
+                values,
             )
     except MemoryError as error:
         raise MirrorMemoryError(f"{path}: not even the tables for its context fit into memory: {error}") from error
@@ -142,6 +159,9 @@ _CELL_BYTES = 48
 class _DryLlama(Llama):
     """A ``Llama`` that allocates neither weights nor cache, and cannot evaluate."""
 
+    #: What its context was given and does not own.
+    lent: Any = None
+
     @property
     def model_params(self) -> Any:
         return self._dry_params
@@ -164,15 +184,26 @@ def _require_tables(n_ctx: int) -> None:
         )
 
 
-def _remake_with_snapshots(llm: Llama, n_draft: int) -> None:
-    llm.context_params.n_rs_seq = n_draft
+def _remake_for_drafting(llm: _DryLlama, n_draft: int, kept: Sequence[int]) -> None:
+    """A context with snapshots of a running state, and with room for the blocks' outputs to stay in place."""
+    snapshots = wants_snapshots(llm, n_draft)
+    if not snapshots and not kept:
+        return
+    if snapshots:
+        llm.context_params.n_rs_seq = n_draft
+    params = type(llm.context_params).from_buffer_copy(llm.context_params)
+    out = ffi.new("gm_capture **")
+    check(lib.gm_capture_new(out))
+    handle = ffi.gc(out[0], lib.gm_capture_free)
+    keeper = Keeper(handle, kept)
+    if kept:
+        keeper.put_into(params)
     llama_cpp.llama_free(llm._ctx.ctx)
     llm._ctx.ctx = None
-    llm._ctx.ctx = llama_cpp.llama_init_from_model(llm.model, llm.context_params)
+    llm._ctx.ctx = llama_cpp.llama_init_from_model(llm.model, params)
+    llm.lent = handle, keeper
     if llm._ctx.ctx is None:
-        raise ModelFileError(
-            f"{llm.model_path}: llama.cpp makes no context with {n_draft} snapshots of its running state"
-        )
+        raise ModelFileError(f"{llm.model_path}: llama.cpp makes no context for drafting {n_draft} tokens")
 
 
 def _entry(entry: Any, mapped: bool) -> BufferBytes:

@@ -231,7 +231,9 @@ GM_API gm_status gm_mirror_reset_stats(gm_mirror * mirror);
 
 // --------------------------------------------------------------------------------------------- capture
 
-// A gm_capture is the user data of a llama_context's cb_eval. It does nothing until mirrors are attached.
+// A gm_capture takes taps in one of two ways, and does nothing until mirrors are attached:
+//   callback  it is the user data of a llama_context's cb_eval, which stops the evaluation at each tap
+//   outputs   it is the context of a backend sampler, which keeps the taps in place; gm_capture_take fetches them behind the evaluation
 typedef struct gm_capture gm_capture;
 
 // A gm_fuser takes raw rows from a capture into a staging ring and puts fused rows into a mirror as they are committed.
@@ -242,6 +244,19 @@ GM_API void      gm_capture_free(gm_capture * capture);
 
 // The address to put into llama_context_params.cb_eval, with the gm_capture as cb_eval_user_data.
 GM_API void * gm_capture_callback(void);
+
+// The address of a llama_sampler_i, for a llama_sampler with the gm_capture as its ctx. Alone in a chain, and given to a llama_context for a
+// sequence that no batch has, it marks the outputs of the blocks given to gm_capture_keep as outputs of each graph. Graphs that were built
+// before gm_capture_keep do not know of it: give the context a new chain.
+GM_API void * gm_capture_sampler(void);
+GM_API gm_status gm_capture_keep(gm_capture * capture, int32_t n_layers, const int32_t * layers);
+
+// How many of these blocks the graph that was built last has, with outputs that nothing overwrites.
+GM_API gm_status gm_capture_kept(gm_capture * capture, int32_t * count);
+
+// Take all taps of the graph that ran last, of `rows` tokens, as the next rows of the open evaluation. It must have ended (llama_synchronize),
+// and no other may have begun: an evaluation of several micro-batches is to be made one by one. Nothing happens if no evaluation is open.
+GM_API gm_status gm_capture_take(gm_capture * capture, int64_t rows);
 
 // Learn which block outputs the model's graph has: discover, evaluate any tokens, then ask per layer.
 // rows: of the last evaluation; 0 if the layer's output was not seen.

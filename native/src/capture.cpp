@@ -1,5 +1,12 @@
-// The eval callback: outputs of tapped blocks go from the graph's own tensors into the mirrors, on the device where they lie.
+// Capture: outputs of tapped blocks go from the graph's own tensors into the mirrors, on the device where they lie. Two mechanisms:
+//
+//   callback  llama.cpp's cb_eval stops the scheduler at each tapped node, and the tap is taken there. Any graph; a stop and a wait per tap.
+//   outputs   a backend sampler, of a sequence that no batch has, is shown each graph between its building and its allocation. It marks the
+//             tapped nodes as graph outputs, so that nothing overwrites them, and adds nothing. All taps are taken behind the evaluation, in
+//             one write. The graph runs as it would without capture.
 #include "fuser.h"
+
+#include "llama.h"
 
 #include <atomic>
 #include <cstdlib>
@@ -22,8 +29,10 @@ struct gm_capture {
     int64_t                  start = 0, count = -1;        // the evaluation; count -1: none is open
     gm_status                status = GM_OK;               // first error of the evaluation
     gm_error_info            failure{};
+    std::map<int32_t, const ggml_tensor *> kept;           // block -> its output in the graph that was built last; null: there is none to keep
 
     void take(int32_t tap, const ggml_tensor * t);
+    void take_kept(int64_t rows);
     void forget();
 };
 
@@ -73,7 +82,79 @@ bool on_node(ggml_tensor * t, bool ask, void * user_data) {
     return ask ? tapped : true;
 }
 
+const ggml_tensor * memory_of(const ggml_tensor * t) {
+    while (t->view_src) t = t->view_src;
+    return t;
+}
+
+bool only_looks(const ggml_tensor * t) {
+    return t->op == GGML_OP_NONE || t->op == GGML_OP_VIEW || t->op == GGML_OP_RESHAPE || t->op == GGML_OP_PERMUTE || t->op == GGML_OP_TRANSPOSE;
+}
+
+// The graph is built and has no memory yet.
+void keep_outputs(gm_capture & capture, ggml_cgraph * graph) {
+    const bool discovers = capture.mode == gm_capture::Mode::discover;
+    for (auto & [block, output] : capture.kept) output = nullptr;
+    for (int i = 0; i < ggml_graph_n_nodes(graph); ++i) {
+        ggml_tensor * t = ggml_graph_node(graph, i);
+        if (discovers) note_target_tensors(capture, t);
+        const int32_t block = block_of(t->name);
+        if (block < 0) {
+            // What writes into another tensor's memory is told by its view: a flag would not keep it from that.
+            if (!t->view_src || only_looks(t)) continue;
+            for (auto & [kept, output] : capture.kept) {
+                if (output && memory_of(t) == memory_of(output)) output = nullptr;
+            }
+            continue;
+        }
+        if (discovers) capture.found[block] = { t->ne[0], ggml_nrows(t) };
+        const auto kept = capture.kept.find(block);
+        if (kept == capture.kept.end()) continue;
+        kept->second = t;
+        for (ggml_tensor * memory = t; memory; memory = memory->view_src) ggml_set_output(memory);
+    }
+}
+
+void on_graph(llama_sampler * sampler, ggml_context * /*ctx*/, ggml_cgraph * graph, llama_sampler_data * data) {
+    data->logits = nullptr;  // nothing is sampled, so nothing is added to the graph
+    gm::guard([&] { keep_outputs(*static_cast<gm_capture *>(sampler->ctx), graph); });
+}
+
+llama_sampler_i & sampler_interface() {
+    static llama_sampler_i interface = [] {
+        llama_sampler_i i{};
+        i.name          = [](const llama_sampler *) { return "feature-capture"; };
+        i.apply         = [](llama_sampler *, llama_token_data_array *) {};
+        i.backend_init  = [](llama_sampler *, ggml_backend_buffer_type_t, uint32_t) { return true; };
+        i.backend_apply = on_graph;
+        return i;
+    }();
+    return interface;
+}
+
 } // namespace
+
+void gm_capture::take_kept(int64_t rows) {
+    if (count < 0) return;
+    std::vector<const ggml_tensor *> outputs;
+    for (size_t tap = 0; tap < layers.size(); ++tap) {
+        const auto it = kept.find(layers[tap]);
+        if (it == kept.end() || !it->second) {
+            throw error(GM_ERR_CAPTURE, "the evaluated graph has no output of block %d that stays in place", layers[tap]).tap(int32_t(tap));
+        }
+        if (ggml_nrows(it->second) != rows || rows_seen[tap] + rows > count) {
+            throw error(GM_ERR_CAPTURE, "block %d gave %lld rows of %lld; the last block gives only rows whose logits are asked for", layers[tap],
+                        (long long) ggml_nrows(it->second), (long long) rows).tap(int32_t(tap));
+        }
+        outputs.push_back(it->second);
+    }
+    const int64_t at = start + rows_seen[0];
+    for (gm_mirror * mirror : mirrors) {
+        if (gm_mirror_write_taps(mirror, at, outputs.data()) != GM_OK) gm::rethrow_last_error();
+    }
+    for (gm_fuser * fuser : fusers) fuser->write_taps(at, outputs.data());
+    for (int64_t & seen : rows_seen) seen += rows;
+}
 
 void gm_capture::take(int32_t tap, const ggml_tensor * t) {
     status = gm::guard([&] {
@@ -106,6 +187,31 @@ void gm_capture_free(gm_capture * capture) {
 
 void * gm_capture_callback(void) {
     return reinterpret_cast<void *>(on_node);
+}
+
+void * gm_capture_sampler(void) {
+    return &sampler_interface();
+}
+
+gm_status gm_capture_keep(gm_capture * capture, int32_t n_layers, const int32_t * layers) {
+    return gm::guard([&] {
+        gm_capture & c = gm::required(capture, "capture");
+        if (n_layers < 0) throw error(GM_ERR_ARGUMENT, "%d blocks cannot be kept", n_layers);
+        if (n_layers) gm::required(layers, "layers");
+        c.kept.clear();
+        for (int32_t i = 0; i < n_layers; ++i) c.kept[layers[i]] = nullptr;
+    });
+}
+
+gm_status gm_capture_kept(gm_capture * capture, int32_t * count) {
+    return gm::guard([&] {
+        gm::required(count, "count") = 0;
+        for (const auto & [block, output] : gm::required(capture, "capture").kept) *count += output != nullptr;
+    });
+}
+
+gm_status gm_capture_take(gm_capture * capture, int64_t rows) {
+    return gm::guard([&] { gm::required(capture, "capture").take_kept(rows); });
 }
 
 gm_status gm_capture_discover(gm_capture * capture) {

@@ -10,9 +10,18 @@ gm_fuser::gm_fuser(gm_draft & draft, gm_mirror & staging, gm_mirror & mirror) : 
 }
 
 void gm_fuser::write(int32_t tap, int64_t start, const ggml_tensor * rows) {
-    // Taps of a micro-batch come one after the other, so what lies before its first row is whole.
-    if (start + ggml_nrows(rows) - waiting_ > staging_.cap()) commit(start);
+    make_room(start, ggml_nrows(rows));
     if (gm_mirror_write_tensor(&staging_, tap, start, rows) != GM_OK) gm::rethrow_last_error();
+}
+
+void gm_fuser::write_taps(int64_t start, const ggml_tensor * const * rows) {
+    make_room(start, ggml_nrows(rows[0]));
+    if (gm_mirror_write_taps(&staging_, start, rows) != GM_OK) gm::rethrow_last_error();
+}
+
+void gm_fuser::make_room(int64_t start, int64_t count) {
+    // Taps of a micro-batch come one after the other or together, so what lies before its first row is whole.
+    if (start + count - waiting_ > staging_.cap()) commit(start);
 }
 
 void gm_fuser::commit(int64_t end) {

@@ -10,11 +10,16 @@ struct gm_fuser {
     // A tap's rows of positions start.. arrive. Rows that they displace are fused before.
     void write(int32_t tap, int64_t start, const ggml_tensor * rows);
 
+    // The same of all taps at once, a tensor for each.
+    void write_taps(int64_t start, const ggml_tensor * const * rows);
+
     void    commit(int64_t end);
     void    truncate(int64_t from);
     int32_t taps() const { return staging_.taps(); }
 
   private:
+    void make_room(int64_t start, int64_t count);
+
     gm_draft &  draft_;
     gm_mirror & staging_;
     gm_mirror & mirror_;
