@@ -74,7 +74,7 @@ class MirrorTransfers:
 
 @dataclass(frozen=True)
 class MirrorTimes:
-    """Calls, rows and nanoseconds of the write and the read path; F32 feature bytes that crossed host and device memory."""
+    """Calls, rows and nanoseconds of the write and the read path."""
 
     write_calls: int
     write_rows: int
@@ -82,7 +82,31 @@ class MirrorTimes:
     read_calls: int
     read_rows: int
     read_ns: int
-    host_copy_bytes: int
+
+
+@dataclass(frozen=True)
+class BusBytes:
+    """Feature bytes that crossed between host memory and the memory of devices.
+
+    Rows that are written, read, saved or restored count, as F32 or as they are stored; so does what a mirror in host memory takes from
+    a tensor on a device. What devices copy among themselves does not, nor do slots and statistics, which are no features.
+    """
+
+    to_host: int
+    to_device: int
+
+
+def bus_bytes() -> BusBytes:
+    """What the rows of all mirrors of this process have sent across so far, those of a fuser's staging included.
+
+    Example::
+
+        before = bus_bytes()
+        llm.create_completion("def fibonacci(n):", max_tokens=64)
+        assert bus_bytes() == before  # target, draft and mirror lie on one device
+    """
+    total = lib.gm_bus_total()
+    return BusBytes(total.to_host, total.to_device)
 
 
 def mirror_size(
@@ -440,6 +464,13 @@ class FeatureMirror:
             check(lib.gm_mirror_get_transfers(self._open(), out))
         values: dict[str, Any] = {name: getattr(out, name) for name in MirrorTransfers.__dataclass_fields__}
         return MirrorTransfers(**{**values, "unpinned": text(out.unpinned)})
+
+    def bus(self) -> BusBytes:
+        """Feature bytes of this mirror that crossed since it was made, or :meth:`reset_stats`."""
+        with self._lock:
+            bus = ffi.new("gm_bus_bytes *")
+            check(lib.gm_mirror_get_bus(self._open(), bus))
+        return BusBytes(bus.to_host, bus.to_device)
 
     def reset_stats(self) -> None:
         with self._lock:

@@ -222,11 +222,19 @@ typedef struct gm_tap_stats {
 typedef struct gm_mirror_times {
     int64_t write_calls, write_rows, write_ns;  // write_rows counts a whole row as 1, a tap's slice as 1/taps (rounded down in total)
     int64_t read_calls, read_rows, read_ns;
-    int64_t host_copy_bytes;                    // F32 feature bytes that crossed between host and device memory
 } gm_mirror_times;
+
+// Feature bytes that crossed between host memory and the memory of devices: rows that are written, read, saved or loaded, as F32 or as they
+// are stored. A mirror in host memory counts what it takes from a tensor on a device. What devices copy among themselves does not count,
+// nor do slots, counts and whatever else is no feature.
+typedef struct gm_bus_bytes {
+    int64_t to_host, to_device;
+} gm_bus_bytes;
 
 GM_API gm_status gm_mirror_tap_stats(gm_mirror * mirror, int32_t tap, gm_tap_stats * stats);
 GM_API gm_status gm_mirror_get_times(gm_mirror * mirror, gm_mirror_times * times);
+GM_API gm_status gm_mirror_get_bus(gm_mirror * mirror, gm_bus_bytes * bytes);  // since it was made, or gm_mirror_reset_stats
+GM_API gm_bus_bytes gm_bus_total(void);  // of all mirrors that this process has had; never reset
 GM_API gm_status gm_mirror_reset_stats(gm_mirror * mirror);
 
 // --------------------------------------------------------------------------------------------- capture

@@ -129,9 +129,9 @@ void gm_mirror::write_sources(int32_t tap, int64_t start, int64_t count, int32_t
 
     try {
         if (rows_ && n_sources > 1) {
-            rows_->write_taps(first, kept, n_sources, rest.data(), tallies.data(), times_.host_copy_bytes);
+            rows_->write_taps(first, kept, n_sources, rest.data(), tallies.data(), bus_);
         } else if (rows_) {
-            rows_->write(tap, first, kept, rest[0], &tallies[size_t(std::max(tap, 0))], times_.host_copy_bytes);
+            rows_->write(tap, first, kept, rest[0], &tallies[size_t(std::max(tap, 0))], bus_);
         } else {
             for (int32_t i = 0; i < n_sources; ++i) write_host(n_sources > 1 ? i : tap, first, kept, rest[size_t(i)], tallies);
         }
@@ -173,7 +173,7 @@ void gm_mirror::write_host(int32_t tap, int64_t start, int64_t count, const gm::
             const uint64_t row = uint64_t(n_taps) * uint64_t(params_.n_embd) * sizeof(float);
             fetched.resize(size_t(count) * row / sizeof(float));
             ggml_backend_tensor_get_2d(&t, fetched.data(), uint64_t(source.skipped) * stride, row, size_t(count), stride, row);
-            times_.host_copy_bytes += int64_t(row) * count;
+            bus_.to_host(row * uint64_t(count));
             rows   = reinterpret_cast<const char *>(fetched.data());
             stride = row;
         }
@@ -213,7 +213,7 @@ void gm_mirror::read(int64_t start, int64_t count, float * rows) {
     slots_.require(start, count);
     Stopwatch watch(times_.read_ns);
     if (rows_) {
-        rows_->read_host(start, count, rows, times_.host_copy_bytes);
+        rows_->read_host(start, count, rows, bus_);
     } else {
         read_rows(start, count, rows);
     }
@@ -353,6 +353,7 @@ void gm_mirror::save(int64_t count, const int64_t * positions, uint8_t * rows) {
         transfers_.save_copies += 1;
         transfers_.pinned_copies += pinned;
     });
+    if (!ggml_backend_buffer_is_host(buffer())) bus_.to_host(bytes);
     if (staging) copy_bytes(bytes, out, rows);
     for (int64_t i = 0; i < count; ++i) {
         const uint64_t written = slots_.taps_at(positions[i]);
@@ -398,6 +399,7 @@ void gm_mirror::load(int64_t count, const int64_t * positions, const uint64_t * 
         transfers_.load_copies += 1;
         transfers_.pinned_copies += pinned;
     });
+    if (!ggml_backend_buffer_is_host(buffer())) bus_.to_device(bytes);
     for (int64_t i = 0, n; i < count; i += n) {
         for (n = 1; i + n < count && positions[i + n] == positions[i] + n && tap_masks[i + n] == tap_masks[i];) ++n;
         slots_.begin_write(positions[i], n, tap_masks[i]);
@@ -448,12 +450,18 @@ gm_mirror_times gm_mirror::times() {
     return times_;
 }
 
+gm_bus_bytes gm_mirror::bus() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return bus_.bytes();
+}
+
 void gm_mirror::reset_stats() {
     std::lock_guard<std::mutex> lock(mutex_);
     collect();
     stats_.assign(size_t(params_.taps), gm_tap_stats{});
     times_          = {};
     transfers_      = {};
+    bus_.reset();
     written_slices_ = 0;
 }
 
@@ -582,6 +590,14 @@ gm_status gm_mirror_tap_stats(gm_mirror * mirror, int32_t tap, gm_tap_stats * st
 
 gm_status gm_mirror_get_times(gm_mirror * mirror, gm_mirror_times * times) {
     return gm::guard([&] { gm::required(times, "times") = gm::required(mirror, "mirror").times(); });
+}
+
+gm_status gm_mirror_get_bus(gm_mirror * mirror, gm_bus_bytes * bytes) {
+    return gm::guard([&] { gm::required(bytes, "bytes") = gm::required(mirror, "mirror").bus(); });
+}
+
+gm_bus_bytes gm_bus_total(void) {
+    return gm::Bus::total();
 }
 
 gm_status gm_mirror_reset_stats(gm_mirror * mirror) {

@@ -43,6 +43,7 @@ struct gm_mirror {
 
     gm_tap_stats    tap_stats(int32_t tap);
     gm_mirror_times times();
+    gm_bus_bytes    bus();
     void            reset_stats();
 
     int32_t taps() const { return params_.taps; }
@@ -78,5 +79,6 @@ struct gm_mirror {
     gm_mirror_transfers     transfers_{};
     gm::PinnedShare         pinned_;          // its pool: null on host devices
     std::string             unpinned_;        // why there was no pinned memory
+    gm::Bus                 bus_;
     std::mutex              mutex_;
 };

@@ -1,6 +1,7 @@
 // What moves rows into and out of a ring on a device: ggml's operations (rows_device), or kernels of this library's own (rows_kernels).
 #pragma once
 
+#include "bus.h"
 #include "rows_host.h"
 
 #include "ggml-backend.h"
@@ -22,18 +23,18 @@ class Rows {
   public:
     virtual ~Rows() = default;
 
-    // tap -1: whole rows, and a tally per tap; else one. Adds to host_bytes what crossed between host and device memory. The device may still
+    // tap -1: whole rows, and a tally per tap; else one. Tells the bus what crossed between host and device memory. The device may still
     // be at work on source and ring when it returns, until finish() has.
-    virtual void write(int32_t tap, int64_t start, int64_t count, const RowSource & source, Tally * tallies, int64_t & host_bytes) = 0;
+    virtual void write(int32_t tap, int64_t start, int64_t count, const RowSource & source, Tally * tallies, Bus & bus) = 0;
 
     // The same of all taps at once, a source for each.
-    virtual void write_taps(int64_t start, int64_t count, int32_t taps, const RowSource * sources, Tally * tallies, int64_t & host_bytes) {
-        for (int32_t t = 0; t < taps; ++t) write(t, start, count, sources[t], tallies + t, host_bytes);
+    virtual void write_taps(int64_t start, int64_t count, int32_t taps, const RowSource * sources, Tally * tallies, Bus & bus) {
+        for (int32_t t = 0; t < taps; ++t) write(t, start, count, sources[t], tallies + t, bus);
     }
 
     virtual void finish() {}
 
-    virtual void read_host(int64_t start, int64_t count, float * rows, int64_t & host_bytes)                       = 0;
+    virtual void read_host(int64_t start, int64_t count, float * rows, Bus & bus)                       = 0;
     virtual void read_tensor(int64_t start, int64_t count, const ggml_tensor * rows, ggml_backend_buffer_t buffer) = 0;
 
     // What writes have met, by tap, if they do not say so at once: adds it to the tallies and forgets it.

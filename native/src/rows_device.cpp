@@ -95,7 +95,7 @@ static ggml_tensor * leaf(ggml_context * ctx, int64_t width, int64_t count, uint
 }
 
 // The source rows as a tensor that this device can compute on; copied to staging only if they lie elsewhere.
-ggml_tensor * DeviceRows::source_leaf(ggml_context * ctx, const RowSource & source, int64_t width, int64_t count, int64_t & host_bytes) {
+ggml_tensor * DeviceRows::source_leaf(ggml_context * ctx, const RowSource & source, int64_t width, int64_t count, Bus & bus) {
     const uint64_t row       = uint64_t(width) * sizeof(float);
     const bool     host_ring = ggml_backend_buffer_is_host(ring_->buffer);
     const float *  host      = source.host;
@@ -116,7 +116,8 @@ ggml_tensor * DeviceRows::source_leaf(ggml_context * ctx, const RowSource & sour
                 std::vector<float> packed(size_t(width * count));
                 ggml_backend_tensor_get_2d(from, packed.data(), 0, row, size_t(count), t->nb[1], row);
                 ggml_backend_tensor_set(to, packed.data(), 0, row * uint64_t(count));
-                host_bytes += 2 * int64_t(row) * count;
+                bus.to_host(row * uint64_t(count));
+                bus.to_device(row * uint64_t(count));
             }
             return to;
         }
@@ -131,7 +132,7 @@ ggml_tensor * DeviceRows::source_leaf(ggml_context * ctx, const RowSource & sour
     } else {
         ggml_backend_tensor_set_2d(to, data, 0, row, size_t(count), row, stride);
     }
-    host_bytes += int64_t(row) * count;
+    bus.to_device(row * uint64_t(count));
     return to;
 }
 
@@ -144,7 +145,7 @@ static std::vector<int64_t> per_tap(const ggml_tensor * counts, int32_t taps) {
     return sums;
 }
 
-void DeviceRows::write_chunk(int32_t tap, int64_t start, int64_t count, const RowSource & source, Tally * tallies, int64_t & host_bytes) {
+void DeviceRows::write_chunk(int32_t tap, int64_t start, int64_t count, const RowSource & source, Tally * tallies, Bus & bus) {
     const int64_t        n_embd = ring_->ne[0] / taps_;
     const int32_t        n_taps = tap < 0 ? taps_ : 1;
     const int64_t        width  = n_embd * n_taps;
@@ -154,7 +155,7 @@ void DeviceRows::write_chunk(int32_t tap, int64_t start, int64_t count, const Ro
     ggml_backend_tensor_set(slots_, slots.data(), 0, slots.size() * sizeof(int64_t));
 
     ggml_context_ptr ctx(ggml_init({ kGraphNodes * ggml_tensor_overhead() + 3 * ggml_graph_overhead_custom(kGraphNodes, false), nullptr, true }));
-    ggml_tensor * x = source_leaf(ctx.get(), source, width, count, host_bytes);
+    ggml_tensor * x = source_leaf(ctx.get(), source, width, count, bus);
 
     // [n_embd, n_taps * count]: counts come per tap.
     const auto by_tap = [&](ggml_tensor * t) {
@@ -200,10 +201,10 @@ void DeviceRows::write_chunk(int32_t tap, int64_t start, int64_t count, const Ro
     compute(graph);
 }
 
-void DeviceRows::write(int32_t tap, int64_t start, int64_t count, const RowSource & source, Tally * tallies, int64_t & host_bytes) {
+void DeviceRows::write(int32_t tap, int64_t start, int64_t count, const RowSource & source, Tally * tallies, Bus & bus) {
     for (int32_t t = 0; t < (tap < 0 ? taps_ : 1); ++t) tallies[t].abs_max = NAN;  // ggml has no op for it
     for (int64_t i = 0; i < count; i += chunk_) {
-        write_chunk(tap, start + i, std::min(chunk_, count - i), source.skip(i), tallies, host_bytes);
+        write_chunk(tap, start + i, std::min(chunk_, count - i), source.skip(i), tallies, bus);
     }
 }
 
@@ -227,7 +228,7 @@ void DeviceRows::read_tensor(int64_t start, int64_t count, const ggml_tensor * r
     }
 }
 
-void DeviceRows::read_host(int64_t start, int64_t count, float * rows, int64_t & host_bytes) {
+void DeviceRows::read_host(int64_t start, int64_t count, float * rows, Bus & bus) {
     const int64_t width = ring_->ne[0];
     for (int64_t i = 0; i < count; i += chunk_) {
         const int64_t n     = std::min(chunk_, count - i);
@@ -237,7 +238,7 @@ void DeviceRows::read_host(int64_t start, int64_t count, float * rows, int64_t &
         } else {
             read_chunk(start + i, n, rows_->data, rows_->buffer);
             ggml_backend_tensor_get(rows_, rows + i * width, 0, bytes);
-            host_bytes += int64_t(bytes);
+            bus.to_host(bytes);
         }
     }
 }

@@ -14,8 +14,8 @@ class DeviceRows final : public Rows {
     // ring: [width, cap] in a buffer of `device`. Throws GM_ERR_DEVICE, GM_ERR_UNSUPPORTED.
     DeviceRows(ggml_backend_dev_t device, const Dtype & dtype, ggml_tensor * ring, int32_t taps, int n_threads);
 
-    void write(int32_t tap, int64_t start, int64_t count, const RowSource & source, Tally * tallies, int64_t & host_bytes) override;
-    void read_host(int64_t start, int64_t count, float * rows, int64_t & host_bytes) override;
+    void write(int32_t tap, int64_t start, int64_t count, const RowSource & source, Tally * tallies, Bus & bus) override;
+    void read_host(int64_t start, int64_t count, float * rows, Bus & bus) override;
     void read_tensor(int64_t start, int64_t count, const ggml_tensor * rows, ggml_backend_buffer_t buffer) override;
 
     static uint64_t staging_bytes(int64_t width, int64_t cap);
@@ -25,8 +25,8 @@ class DeviceRows final : public Rows {
 
   private:
     void          compute(ggml_cgraph * graph);
-    ggml_tensor * source_leaf(ggml_context * ctx, const RowSource & source, int64_t width, int64_t count, int64_t & host_bytes);
-    void          write_chunk(int32_t tap, int64_t start, int64_t count, const RowSource & source, Tally * tallies, int64_t & host_bytes);
+    ggml_tensor * source_leaf(ggml_context * ctx, const RowSource & source, int64_t width, int64_t count, Bus & bus);
+    void          write_chunk(int32_t tap, int64_t start, int64_t count, const RowSource & source, Tally * tallies, Bus & bus);
     void          read_chunk(int64_t start, int64_t count, void * data, ggml_backend_buffer_t buffer);
 
     ggml_backend_dev_t      device_;

@@ -72,10 +72,10 @@ class KernelRows final : public Rows {
     KernelRows(ggml_backend_dev_t device, const Dtype & dtype, ggml_tensor * ring, int32_t taps);
     ~KernelRows() override;
 
-    void write(int32_t tap, int64_t start, int64_t count, const RowSource & source, Tally * tallies, int64_t & host_bytes) override;
-    void write_taps(int64_t start, int64_t count, int32_t taps, const RowSource * sources, Tally * tallies, int64_t & host_bytes) override;
+    void write(int32_t tap, int64_t start, int64_t count, const RowSource & source, Tally * tallies, Bus & bus) override;
+    void write_taps(int64_t start, int64_t count, int32_t taps, const RowSource * sources, Tally * tallies, Bus & bus) override;
     void finish() override;
-    void read_host(int64_t start, int64_t count, float * rows, int64_t & host_bytes) override;
+    void read_host(int64_t start, int64_t count, float * rows, Bus & bus) override;
     void read_tensor(int64_t start, int64_t count, const ggml_tensor * rows, ggml_backend_buffer_t buffer) override;
     void collect(Tally * tallies) override;
 
@@ -85,7 +85,7 @@ class KernelRows final : public Rows {
         uint64_t     stride;
     };
     bool  is_here(const ggml_tensor * t) const;
-    Place stage(const RowSource & source, int64_t width, int64_t count, int64_t & host_bytes);
+    Place stage(const RowSource & source, int64_t width, int64_t count, Bus & bus);
     void  copy_rows(const void * from, uint64_t stride, uint64_t row, int64_t count);
     void  capture(int32_t first_tap, int32_t n_taps, int64_t start, int64_t count, const char ** source, uint64_t row_stride);
     void  read(int64_t start, int64_t count, float * rows);
@@ -169,7 +169,7 @@ void KernelRows::copy_rows(const void * from, uint64_t stride, uint64_t row, int
 }
 
 // The source's rows as kernels can read them; copied to staging only if they lie elsewhere.
-KernelRows::Place KernelRows::stage(const RowSource & source, int64_t width, int64_t count, int64_t & host_bytes) {
+KernelRows::Place KernelRows::stage(const RowSource & source, int64_t width, int64_t count, Bus & bus) {
     const uint64_t row    = uint64_t(width) * sizeof(float);
     const void *   data   = source.host;
     uint64_t       stride = source.stride;
@@ -187,12 +187,13 @@ KernelRows::Place KernelRows::stage(const RowSource & source, int64_t width, int
             ggml_backend_tensor_get_2d(t, packed.data(), uint64_t(source.skipped) * stride, row, size_t(count), stride, row);
             copy_rows(packed.data(), row, row, count);
             wait();  // before the host's copy goes
-            host_bytes += 2 * int64_t(row) * count;
+            bus.to_host(row * uint64_t(count));
+            bus.to_device(row * uint64_t(count));
             return { reinterpret_cast<const char *>(staged_), row };
         }
     }
     copy_rows(data, stride, row, count);
-    if (host) host_bytes += int64_t(row) * count;
+    if (host) bus.to_device(row * uint64_t(count));
     return { reinterpret_cast<const char *>(staged_), row };
 }
 
@@ -207,7 +208,7 @@ void KernelRows::capture(int32_t first_tap, int32_t n_taps, int64_t start, int64
     }
 }
 
-void KernelRows::write(int32_t tap, int64_t start, int64_t count, const RowSource & source, Tally *, int64_t & host_bytes) {
+void KernelRows::write(int32_t tap, int64_t start, int64_t count, const RowSource & source, Tally *, Bus & bus) {
     if (count == 0) return;
     const OnDevice on(ordinal_);
     const int32_t  first_tap = std::max(tap, 0), n_taps = tap < 0 ? place_.taps : 1;
@@ -216,7 +217,7 @@ void KernelRows::write(int32_t tap, int64_t start, int64_t count, const RowSourc
     const int64_t  chunk     = in_place ? count : chunk_;
     for (int64_t i = 0; i < count; i += chunk) {
         const int64_t n = std::min(chunk, count - i);
-        const Place   from = stage(source.skip(i), n_values, n, host_bytes);
+        const Place   from = stage(source.skip(i), n_values, n, bus);
         const char *  slices[kMaxTaps];
         for (int32_t t = 0; t < n_taps; ++t) slices[t] = from.data + uint64_t(t) * uint64_t(place_.n_embd) * sizeof(float);
         capture(first_tap, n_taps, start + i, n, slices, from.stride);
@@ -224,7 +225,7 @@ void KernelRows::write(int32_t tap, int64_t start, int64_t count, const RowSourc
 }
 
 // One launch, if each tap's rows can be read where they are, at one stride.
-void KernelRows::write_taps(int64_t start, int64_t count, int32_t taps, const RowSource * sources, Tally * tallies, int64_t & host_bytes) {
+void KernelRows::write_taps(int64_t start, int64_t count, int32_t taps, const RowSource * sources, Tally * tallies, Bus & bus) {
     const char * slices[kMaxTaps];
     bool         together = true;
     for (int32_t t = 0; t < taps; ++t) {
@@ -232,7 +233,7 @@ void KernelRows::write_taps(int64_t start, int64_t count, int32_t taps, const Ro
         together = together && rows && is_here(rows) && rows->nb[1] == sources[0].tensor->nb[1];
         if (together) slices[t] = static_cast<const char *>(rows->data) + uint64_t(sources[t].skipped) * rows->nb[1];
     }
-    if (!together) return Rows::write_taps(start, count, taps, sources, tallies, host_bytes);
+    if (!together) return Rows::write_taps(start, count, taps, sources, tallies, bus);
     const OnDevice on(ordinal_);
     capture(0, taps, start, count, slices, sources[0].tensor->nb[1]);
 }
@@ -263,7 +264,7 @@ void KernelRows::read_tensor(int64_t start, int64_t count, const ggml_tensor * r
     wait();
 }
 
-void KernelRows::read_host(int64_t start, int64_t count, float * rows, int64_t & host_bytes) {
+void KernelRows::read_host(int64_t start, int64_t count, float * rows, Bus & bus) {
     if (count == 0) return;
     const OnDevice on(ordinal_);
     const int64_t  chunk = kernels_.read ? chunk_ : count;  // what is F32 already goes straight to the host
@@ -272,7 +273,7 @@ void KernelRows::read_host(int64_t start, int64_t count, float * rows, int64_t &
         const uint64_t bytes = uint64_t(n) * uint64_t(width()) * sizeof(float);
         read(start + i, n, kernels_.read ? staged_ : rows);
         if (kernels_.read) check(cudaMemcpyAsync(rows + i * width(), staged_, bytes, cudaMemcpyDefault, stream_), "copy rows to the host");
-        host_bytes += int64_t(bytes);
+        bus.to_host(bytes);
     }
     wait();
 }

@@ -126,6 +126,7 @@ NULLS: dict[str, Callable[[Any], int]] = {
         h, 1, ffi.new("int64_t[]", [3]), ffi.new("uint64_t[]", [3]), ffi.NULL
     ),
     "tap_stats without stats": lambda h: lib.gm_mirror_tap_stats(h, 0, ffi.NULL),
+    "get_bus without bytes": lambda h: lib.gm_mirror_get_bus(h, ffi.NULL),
     "get_times without times": lambda h: lib.gm_mirror_get_times(h, ffi.NULL),
     "get_transfers without transfers": lambda h: lib.gm_mirror_get_transfers(h, ffi.NULL),
     "host_rows_new without mirror": lambda h: lib.gm_host_rows_new(

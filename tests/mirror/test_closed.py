@@ -30,6 +30,7 @@ USES: dict[str, Callable[[FeatureMirror, Any], Any]] = {
     "snapshot": lambda m, snapshot: m.snapshot(),
     "restore": lambda m, snapshot: m.restore(snapshot),
     "tap_stats": lambda m, snapshot: m.tap_stats(0),
+    "bus": lambda m, snapshot: m.bus(),
     "times": lambda m, snapshot: m.times(),
     "transfers": lambda m, snapshot: m.transfers(),
     "reset_stats": lambda m, snapshot: m.reset_stats(),

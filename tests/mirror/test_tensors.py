@@ -9,6 +9,7 @@ import pytest
 
 from ggml_mirror import FeatureDtype, FeatureMirror
 from ggml_mirror._native import ffi
+from ggml_mirror.mirror import BusBytes, bus_bytes
 
 from .ggml_tensors import Tensors
 from .places import Place
@@ -211,7 +212,23 @@ def test_no_feature_crosses_host_memory(place: Place, tensors: Tensors) -> None:
         m.write_tensor(tensor, start=0)
         m.write_tensor(tensors.view_2d(tensor, N_EMBD, 6, ROW, SLICE), start=2, tap=1)
         m.read_tensor(tensor, start=0, count=6)
-        assert m.times().host_copy_bytes == 0
+        assert (m.bus().to_host, m.bus().to_device) == (0, 0)
         m.write_rows(start=0, rows=x)
         m.read(start=0, count=6)
-        assert m.times().host_copy_bytes == (0 if place.is_host else 2 * x.nbytes)
+        crossed = 0 if place.is_host else x.nbytes
+        assert m.bus() == BusBytes(to_host=crossed, to_device=crossed)
+
+
+def test_a_snapshot_crosses_as_it_is_stored(place: Place, dtype: FeatureDtype) -> None:
+    """Each row once and in storage bytes, there and back; the process's account has the same."""
+    if not place.supports(dtype, TAPS, N_EMBD):
+        pytest.skip(f"{place.device} cannot hold {dtype}")
+    with mirror(place, dtype) as m:
+        m.write_rows(start=0, rows=values(6))
+        m.reset_stats()
+        before = bus_bytes()
+        m.restore(m.snapshot())
+        crossed = 0 if place.is_host else 6 * m.row_nbytes
+        assert m.bus() == BusBytes(to_host=crossed, to_device=crossed)
+        total = bus_bytes()
+        assert BusBytes(total.to_host - before.to_host, total.to_device - before.to_device) == m.bus()
