@@ -122,6 +122,7 @@ class Hook:
         self.mechanism = mechanism
         self.keeper: Keeper | None = None
         self.kept: list[int] = []  # blocks whose outputs stay in place
+        self.cut = (0, 0)  # n_ubatch, and the tokens at a batch's end that stay together
         out = ffi.new("gm_capture **")
         check(lib.gm_capture_new(out))
         self.handle = ffi.gc(out[0], lib.gm_capture_free)
@@ -137,19 +138,27 @@ class Hook:
     def of(
         cls,
         llm: Llama,
-        layers: Sequence[int],
+        layers: Sequence[int] = (),
         mechanism: str | CaptureMechanism | None = None,
         n_outputs: int = 1,
     ) -> Hook:
         """The hook of the Llama's context; made, with a new native context, at the first call or for another mechanism.
 
-        ``n_outputs``: as for :func:`~ggml_mirror.mechanism.choose`.
+        Args:
+            layers: blocks that will be tapped.
+            n_outputs: as for :func:`~ggml_mirror.mechanism.choose`.
         """
         wanted = parse_mechanism(mechanism)
         hook: Hook | None = getattr(llm._ctx, _ATTRIBUTE, None)
         if hook is not None and (wanted in (None, hook.mechanism) or hook.busy):
-            hook.keep(layers)
+            if layers:
+                hook.keep(layers)
             return hook
+        if wanted is CaptureMechanism.OUTPUTS and n_outputs > (n_ubatch := llama_cpp.llama_n_ubatch(llm.ctx)):
+            raise CaptureError(
+                f"n_ubatch is {n_ubatch}; capturing the {n_outputs} tokens of a block with mechanism='outputs' needs "
+                f"{n_outputs}: raise it, or take mechanism='callback'"
+            )
         hook = cls(wanted or choose(llm, n_outputs))
         try:
             _remake_context(llm, hook, layers)
@@ -180,6 +189,8 @@ class Hook:
 
     def discover(self, ctx: Any, n_layer: int, batch_size: int, vocab_token: int) -> None:
         """Evaluate a scratch token or two and see which block outputs the graph has. ``ctx`` is new and stays empty."""
+        snapshots = llama_cpp.llama_n_rs_seq(ctx)
+        self.cut = (llama_cpp.llama_n_ubatch(ctx), snapshots + 1 if snapshots else 0)
         self.evaluated = min(2, batch_size)
         check(lib.gm_capture_discover(self.handle))
         batch = llama_cpp.llama_batch_init(self.evaluated, 0, 1)
@@ -307,10 +318,7 @@ class Hook:
         """Micro-batch by micro-batch: the next one's graph would overwrite the outputs of this one's."""
         context = self.context
         decode, ctx = type(context).decode, context.ctx
-        snapshots = llama_cpp.llama_n_rs_seq(ctx)
-        for piece in micro_batches(
-            batch.batch, llama_cpp.llama_n_ubatch(ctx), keep_tail=snapshots + 1 if snapshots else 0
-        ):
+        for piece in micro_batches(batch.batch, *self.cut):
             decode(context, _Piece(piece))
             llama_cpp.llama_synchronize(ctx)
             check(lib.gm_capture_take(self.handle, piece.n_tokens))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from enum import Enum
 from typing import Any
 
@@ -108,7 +108,7 @@ class Keeper:
         return attached
 
 
-def micro_batches(batch: Any, n_ubatch: int, keep_tail: int) -> Iterator[Any]:
+def micro_batches(batch: Any, n_ubatch: int, keep_tail: int) -> list[Any]:
     """A ``llama_batch`` of one sequence, cut as llama.cpp cuts it into micro-batches; its arrays are shared.
 
     Args:
@@ -119,6 +119,8 @@ def micro_batches(batch: Any, n_ubatch: int, keep_tail: int) -> Iterator[Any]:
             logits of the last.
     """
     n, start = batch.n_tokens, 0
+    if n <= n_ubatch:
+        return [batch]
     sizes = []
     while n > start:
         size = min(n_ubatch, n - start)
@@ -127,21 +129,18 @@ def micro_batches(batch: Any, n_ubatch: int, keep_tail: int) -> Iterator[Any]:
             size -= keep_tail - left
         sizes.append(size)
         start += size
-    if len(sizes) < 2:
-        yield batch
-        return
     if batch.logits and any(batch.logits[: n - sizes[-1]]):
         raise CaptureError(
             f"the batch asks for logits before its last {sizes[-1]} of {n} tokens, beyond one micro-batch of {n_ubatch}; "
             "evaluate fewer tokens at once, raise n_ubatch, or capture with mechanism='callback'"
         )
-    start = 0
+    names = [name for name, *_ in llama_cpp.llama_batch._fields_[1:]]
+    pieces, start = [], 0
     for size in sizes:
-        yield llama_cpp.llama_batch(
-            n_tokens=size,
-            **{name: _from(getattr(batch, name), start) for name, *_ in llama_cpp.llama_batch._fields_[1:]},
-        )
+        arrays = {name: _from(getattr(batch, name), start) for name in names}
+        pieces.append(llama_cpp.llama_batch(n_tokens=size, **arrays))
         start += size
+    return pieces
 
 
 def _from(array: Any, start: int) -> Any:

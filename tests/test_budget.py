@@ -113,6 +113,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "fused": {"feature_rows": "fused"},
     "fused, K and V in q8_0": {"feature_rows": "fused", "draft_kv": "q8_0"},
     "no K and V": {"draft_kv": "off"},
+    "taps kept in place": {"mechanism": "outputs"},
 }
 
 
