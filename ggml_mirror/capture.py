@@ -467,6 +467,7 @@ def _remake_context(llm: Llama, hook: Hook, layers: Sequence[int]) -> None:
     except BaseException:
         if context.ctx is not None:
             llama_cpp.llama_free(context.ctx)
+        vars(context).pop(_ATTRIBUTE, None)  # the hook of a context that is gone
         context.ctx = _new_context(llm, llm.context_params)
         raise
     finally:

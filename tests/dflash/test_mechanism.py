@@ -67,6 +67,16 @@ def test_rows_and_text_are_the_same_bit_for_bit(
     assert seen["outputs"][1] > 0, "llama.cpp reuses graphs from token to token"
 
 
+@pytest.mark.parametrize("arch", TARGET_ARCHS)
+def test_logits_are_those_of_a_model_that_was_never_captured(arch: str, plain: Callable[..., Llama]) -> None:
+    """Bit for bit, of all positions of a batch: the sampler that keeps the outputs takes no part in them."""
+    tokens, never, captured = tokens_of(50), plain(arch, logits_all=True), plain(arch, logits_all=True)
+    never.eval(tokens)
+    with mirror() as m, capture(captured, m, TAPS, mechanism="outputs"):
+        captured.eval(tokens)
+    np.testing.assert_array_equal(never.scores[:50], captured.scores[:50])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("n_batch", "n_ubatch"), [(512, 512), (512, 96)])
 def test_rows_of_the_demo_target_are_the_same(n_batch: int, n_ubatch: int, demo_target: Path) -> None:
@@ -178,6 +188,22 @@ def test_where_outputs_cannot_be_kept_the_callback_takes_over(
         with capture(llm, m, TAPS):
             llm.eval(tokens_of(10)[5:])
         assert m.positions.tolist() == list(range(10, 15))
+
+
+def test_a_model_whose_other_mechanism_is_refused_can_be_captured_as_before(
+    plain: Callable[..., Llama], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = plain()
+    with mirror() as m:
+        with capture(llm, m, TAPS):
+            llm.eval(tokens_of(10))
+        monkeypatch.setattr(sys.modules["ggml_mirror.capture"], "_checked_taps", lambda llm, taps: list(taps))
+        with pytest.raises(CaptureError, match="stay in place"), capture(llm, m, (1, 2, 3, 4, 99), mechanism="outputs"):
+            pass
+        with capture(llm, m, TAPS) as how:
+            assert how is CaptureMechanism.CALLBACK
+            llm.eval(tokens_of(10)[5:])
+        assert m.positions.tolist() == list(range(15))
 
 
 def test_logits_of_several_micro_batches_are_not_for_outputs(pair: Pair, plain: Callable[..., Llama]) -> None:
