@@ -301,27 +301,40 @@ class Hook:
         if span is None:
             decode(self.context, batch)
             return
-        self._forget_other_tokens(span[0])
-        check(lib.gm_capture_begin(self.handle, *span))
+        if self.mechanism is CaptureMechanism.OUTPUTS:
+            self._evaluate_and_take(batch, span)
+            return
+        self._announce(span)
         try:
-            if self.mechanism is CaptureMechanism.OUTPUTS:
-                self._evaluate_and_take(batch)
-            else:
-                decode(self.context, batch)
+            decode(self.context, batch)
         except BaseException:
             lib.gm_capture_cancel(self.handle)
             raise
         check(lib.gm_capture_end(self.handle))
         self._note(span, batch)
 
-    def _evaluate_and_take(self, batch: Any) -> None:
+    def _evaluate_and_take(self, batch: Any, span: tuple[int, int]) -> None:
         """Micro-batch by micro-batch: the next one's graph would overwrite the outputs of this one's."""
         context = self.context
         decode, ctx = type(context).decode, context.ctx
-        for piece in micro_batches(batch.batch, *self.cut):
-            decode(context, _Piece(piece))
-            llama_cpp.llama_synchronize(ctx)
-            check(lib.gm_capture_take(self.handle, piece.n_tokens))
+        pieces = micro_batches(batch.batch, *self.cut)
+        try:
+            for piece in pieces:
+                decode(context, _Piece(piece))
+                if piece is pieces[0]:  # a device is at work meanwhile
+                    self._announce(span)
+                    self._note(span, batch)
+                llama_cpp.llama_synchronize(ctx)
+                check(lib.gm_capture_take(self.handle, piece.n_tokens))
+            check(lib.gm_capture_end(self.handle))
+        except BaseException:
+            lib.gm_capture_cancel(self.handle)
+            self._truncate(span[0])
+            raise
+
+    def _announce(self, span: tuple[int, int]) -> None:
+        self._forget_other_tokens(span[0])
+        check(lib.gm_capture_begin(self.handle, *span))
 
     # A mirror remembers which tokens its rows are of. A sequence that was exchanged behind its back (a state that was loaded, an
     # evaluation while it was not attached) shows itself by other tokens at the same positions.
