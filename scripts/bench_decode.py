@@ -43,7 +43,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -81,6 +81,9 @@ Decode = Callable[[list[int]], Generation]
 class LlamaServer:
     """A llama-server on a free port of this machine, one slot, no prompt cache.
 
+    Args:
+        more: further arguments of the program.
+
     Raises:
         ArgumentError: it does not start; the message has the end of its log.
     """
@@ -95,6 +98,7 @@ class LlamaServer:
         n_gpu_layers: int,
         n_threads: int,
         n_draft: int,
+        more: Sequence[str] = (),
     ) -> None:
         self._url = f"http://127.0.0.1:{_free_port()}"
         command = [str(program), "-m", model, "-c", str(n_ctx), "-np", "1", "-fa", "on", "-t", str(n_threads)]
@@ -105,8 +109,8 @@ class LlamaServer:
         if draft is not None:
             command += ["-md", draft, "--spec-type", "draft-dflash", "--spec-draft-n-max", str(n_draft)]
             command += ["--spec-draft-threads", str(n_threads), "--spec-draft-threads-batch", str(n_threads)]
-        self.command = command
-        self._log = tempfile.TemporaryFile("w+", errors="replace")
+        self.command = command = [*command, *more]
+        self._log = tempfile.NamedTemporaryFile("w+")
         try:
             self._process = subprocess.Popen(command, stdout=self._log, stderr=subprocess.STDOUT)
         except OSError as error:
@@ -128,9 +132,12 @@ class LlamaServer:
                         return
             except (urllib.error.URLError, OSError):
                 time.sleep(0.2)
-        self._log.seek(0)
-        tail = self._log.read()[-1500:]
+        tail = self.log()[-1500:]
         raise ArgumentError(f"{self.command[0]} did not become ready ({' '.join(self.command[1:])}):\n{tail}")
+
+    def log(self) -> str:
+        """What it has printed so far."""
+        return Path(self._log.name).read_text(errors="replace")
 
     def generate(self, tokens: list[int], n_predict: int) -> Generation:
         asked = {
