@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -219,12 +219,20 @@ class DraftBytes:
 
 @dataclass(frozen=True)
 class DraftTimes:
-    """Work of a draft since it was made, or :meth:`Draft.reset_times`; nanoseconds. ``rows_moved``: whose keys and values were
-    copied so that the window's lie in the order of their positions."""
+    """Work of a draft since it was made, or :meth:`Draft.reset_times`; nanoseconds.
+
+    Attributes:
+        rows_projected: made into keys and values.
+        rows_moved: whose keys and values were copied so that the window's lie in the order of their positions.
+        rows_checked: that were asked whether they have changed.
+        mask_cells: of the attention mask, that were written.
+    """
 
     steps: int
     rows_projected: int
     rows_moved: int
+    rows_checked: int
+    mask_cells: int
     read_ns: int
     fuse_ns: int
     project_ns: int
@@ -322,7 +330,7 @@ class Draft:
     def times(self) -> DraftTimes:
         t = ffi.new("gm_draft_times *")
         check(lib.gm_draft_get_times(self._open(), t))
-        return DraftTimes(t.steps, t.rows_projected, t.rows_moved, t.read_ns, t.fuse_ns, t.project_ns, t.block_ns)
+        return DraftTimes(*(getattr(t, field.name) for field in fields(DraftTimes)))
 
     def reset_times(self) -> None:
         check(lib.gm_draft_reset_times(self._open()))

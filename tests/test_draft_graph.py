@@ -39,7 +39,7 @@ class Bench:
         self.hook: Hook = Hook.of(self.llm)
         self.open = ExitStack()
 
-    def draft(self, path: Path, window: int = 400, rows: str = "raw") -> Draft:
+    def draft(self, path: Path, window: int = 400, rows: str = "raw", kv: str = "f16") -> Draft:
         draft = Draft(
             DraftSpec.read(path, self.info),
             n_vocab=self.llm.n_vocab(),
@@ -49,6 +49,7 @@ class Bench:
             window=window,
             n_threads=1,
             rows=rows,
+            kv=kv,
         )
         self.open.callback(draft.close)
         return draft
@@ -409,6 +410,39 @@ def test_unchanged_rows_are_projected_once(bench: Bench, plain: Path) -> None:
     assert draft.times().rows_projected == 300
     draft.reset_times()
     assert draft.times().steps == draft.times().rows_projected == 0
+
+
+@pytest.mark.parametrize("kind", ["plain", "window", "causal window"])
+def test_a_steps_work_does_not_grow_with_its_context(kind: str, bench: Bench, tmp_path: Path) -> None:
+    """But for attention: rows made and looked at, and cells of the mask that are written."""
+    path = write_tiny_draft(tmp_path / "draft.gguf", **KINDS[kind])
+    window, new = 900, 4
+    draft, mirror, rows = bench.draft(path, window), bench.mirror(cap=window + BLOCK), rows_of(1800)
+    n_past = 0
+    for context in (100, 700, 1700):  # at the last, the window slides
+        mirror.write_rows(start=n_past, rows=rows[n_past:context])
+        n_past = context
+        step(draft, mirror, n_past)
+        draft.reset_times()
+        for _ in range(5):
+            mirror.write_rows(start=n_past, rows=rows[n_past : n_past + new])
+            n_past += new
+            got, attended = step(draft, mirror, n_past)
+        assert attended == min(n_past, window)
+        start = n_past - attended
+        bench.assert_as_llama_cpp(got, path, start, rows[start:n_past], n_past, causal="causal" in kind)
+        times, masks = draft.times(), 1 if kind == "plain" else 2
+        assert times.rows_projected == 5 * new
+        assert times.rows_checked <= 5 * (new + 2 * 16)  # and the neighbours of either end
+        assert times.mask_cells <= 5 * masks * 2 * (new + BLOCK) * BLOCK
+
+
+def test_keys_that_are_not_kept_are_made_at_each_step(bench: Bench, plain: Path) -> None:
+    kept, off, mirror = bench.draft(plain), bench.draft(plain, kv="off"), bench.mirror()
+    mirror.write_rows(start=0, rows=rows_of(300))
+    for n_past in (290, 296, 300):
+        np.testing.assert_array_equal(step(off, mirror, n_past)[0], step(kept, mirror, n_past)[0])
+    assert (kept.times().rows_projected, off.times().rows_projected) == (300, 290 + 296 + 300)
 
 
 def test_rows_that_are_missing_before_the_block_end_the_context(bench: Bench, plain: Path) -> None:

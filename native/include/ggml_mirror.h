@@ -327,6 +327,8 @@ typedef struct gm_draft_bytes {
 typedef struct gm_draft_times {
     int64_t steps, rows_projected;
     int64_t rows_moved;        // whose keys and values were copied to make room
+    int64_t rows_checked;      // whose versions were looked at
+    int64_t mask_cells;        // that were written
     int64_t read_ns;           // rows from the mirror to F32
     int64_t fuse_ns;           // raw rows to fused ones, into the mirror
     int64_t project_ns;        // rows to keys and values, and to make room for them

@@ -134,6 +134,11 @@ void gm_draft::lay_out() {
     logits_ctx_ = gm::Context(ggml_tensor_overhead());
     logits_     = ggml_new_tensor_2d(logits_ctx_.get(), GGML_TYPE_F32, output_->ne[1], params_.block_size);
 
+    mask_ctx_ = gm::Context(2 * ggml_tensor_overhead());
+    const auto mask = [&] { return ggml_new_tensor_1d(mask_ctx_.get(), GGML_TYPE_F16, most_span(params_) * params_.block_size); };
+    if (swa_layers() != all_layers()) mask_ = mask();
+    if (swa_layers()) mask_swa_ = mask();
+
     const auto     buft   = ggml_backend_dev_buffer_type(main_.device);
     const uint64_t logits = ggml_backend_alloc_ctx_tensors_from_buft_size(logits_ctx_.get(), ggml_backend_dev_buffer_type(last().device));
     size_.weights   = ggml_backend_alloc_ctx_tensors_from_buft_size(weights_.ctx.get(), buft);
@@ -141,7 +146,7 @@ void gm_draft::lay_out() {
 
     // Scratch is measured around tensors that have their memory: for that it is enough that they seem to.
     const auto seem = [&](void * data) {
-        for (const auto * ctx : { &weights_.ctx, &kv_ctx_, &logits_ctx_, &stand_in_ctx_ }) {
+        for (const auto * ctx : { &weights_.ctx, &kv_ctx_, &logits_ctx_, &mask_ctx_, &stand_in_ctx_ }) {
             if (ctx->get()) for_tensors(*ctx, [&](ggml_tensor * t) { t->data = data; });
         }
     };
@@ -158,6 +163,7 @@ void gm_draft::lay_out() {
     if (head_.device) head_size_ = scratch(build_head(params_.block_size), head_.device);
     seem(nullptr);
     (head_.device ? head_size_ : size_.compute) += logits;
+    size_.compute += ggml_backend_alloc_ctx_tensors_from_buft_size(mask_ctx_.get(), buft);
 }
 
 void gm_draft::allocate() {
@@ -176,6 +182,8 @@ void gm_draft::allocate() {
     versions_.resize(size_t(kv_slots_));
     logits_buffer_.reset(ggml_backend_alloc_ctx_tensors_from_buft(logits_ctx_.get(), ggml_backend_dev_buffer_type(last().device)));
     if (!logits_buffer_) throw too_big(", but its allocator refused the logits");
+    mask_buffer_.reset(ggml_backend_alloc_ctx_tensors_from_buft(mask_ctx_.get(), ggml_backend_dev_buffer_type(main_.device)));
+    if (!mask_buffer_) throw too_big(", but its allocator refused the masks");
 
     for (Place * p : { &main_, &head_ }) {
         if (!p->device) continue;
@@ -194,7 +202,7 @@ gm_draft_bytes gm_draft::total_size() const { return { size_.weights, size_.kv, 
 gm_draft_bytes gm_draft::bytes() const {
     const auto scratch = [](const Place & p) { return p.allocr ? ggml_gallocr_get_buffer_size(p.allocr.get(), 0) : 0; };
     return { ggml_backend_buffer_get_size(weights_.buffer.get()), ggml_backend_buffer_get_size(kv_buffer_.get()),
-             scratch(main_) + scratch(head_) + ggml_backend_buffer_get_size(logits_buffer_.get()) };
+             scratch(main_) + scratch(head_) + ggml_backend_buffer_get_size(logits_buffer_.get()) + ggml_backend_buffer_get_size(mask_buffer_.get()) };
 }
 
 int64_t gm_draft::most_project_rows() const { return std::min(kProjectRows, params_.window); }
@@ -236,13 +244,17 @@ void gm_draft::make_room(int64_t start, int64_t n_past, int64_t end) {
         kept.assign(versions_.begin() + shift, versions_.begin() + std::clamp<int64_t>(n_past - first_, shift, kv_slots_));
         while (!kept.empty() && kept.back() == 0) kept.pop_back();
     }
+    const int64_t held_from = held_from_, held_to = held_to_;
     first_ += shift;
     std::fill(versions_.begin(), versions_.end(), 0);
+    held_to_ = held_from_;
     if (kept.empty()) return;
     Graph move = build_move(shift, int64_t(kept.size()));
     place(move, main_);
     compute(move, main_);
     std::copy(kept.begin(), kept.end(), versions_.begin());
+    held_from_ = std::max(held_from, first_);
+    held_to_   = std::max(held_to, held_from_);
     times.rows_moved += int64_t(kept.size());
 }
 
@@ -254,7 +266,7 @@ void gm_draft::place_span(const Graph & g, int64_t slot) {
     }
 }
 
-void gm_draft::project(gm_mirror & mirror, int64_t start, int64_t count, const uint64_t * versions) {
+void gm_draft::project(gm_mirror & mirror, int64_t start, int64_t count, const gm::Ring::Version * versions) {
     Graph   direct;
     Graph * g     = nullptr;
     void *  lies  = mirror.device() == main_.device ? mirror.in_place(start, count) : nullptr;
@@ -280,21 +292,31 @@ void gm_draft::project(gm_mirror & mirror, int64_t start, int64_t count, const u
     set(g->positions, positions.data());
     set(g->slots, slots.data());
     compute(*g, main_);
-    std::copy_n(versions, count, held);
+    std::transform(versions, versions + count, held, [](const gm::Ring::Version & v) { return v.version; });
     times.rows_projected += count;
 }
 
 // Projects the rows of the range whose keys are missing, or of an older version of the row.
 void gm_draft::project_changed(gm_mirror & mirror, int64_t start, int64_t count) {
-    // Taken before the rows are read: a row that is rewritten meanwhile is projected again at the next step.
-    const auto versions = mirror.versions(start, count);
-    const auto fresh    = [&](int64_t i) { return versions_[size_t(start + i - first_)] == versions[size_t(i)]; };
-    for (int64_t i = 0, n; i < count; i += n) {
+    // What is held is asked for changes only; so a step's work does not grow with its context.
+    const int64_t end = start + count, from = std::clamp(held_from_, start, end), to = std::clamp(held_to_, from, end);
+    changed_.clear();
+    // Versions are taken before rows are read: a row that is rewritten meanwhile is projected again at the next step.
+    const uint64_t seen = mirror.changed(start, from - start, 0, changed_);
+    mirror.changed(from, to - from, seen_, changed_);
+    mirror.changed(to, end - to, 0, changed_);
+    times.rows_checked += int64_t(changed_.size());
+    const auto fresh = [&](const gm::Ring::Version & v) { return v.version != 0 && versions_[size_t(v.position - first_)] == v.version; };
+    for (size_t i = 0, n; i < changed_.size(); i += n) {
         n = 1;
-        if (fresh(i)) continue;
-        while (n < kProjectRows && i + n < count && !fresh(i + n)) ++n;
-        project(mirror, start + i, n, versions.data() + i);
+        if (fresh(changed_[i])) continue;
+        const auto next = [&](size_t k) { return changed_[k].position == changed_[i].position + int64_t(k - i); };
+        while (n < size_t(kProjectRows) && i + n < changed_.size() && next(i + n) && !fresh(changed_[i + n])) ++n;
+        project(mirror, changed_[i].position, int64_t(n), &changed_[i]);
     }
+    held_from_ = start;
+    held_to_   = end;
+    seen_      = seen;
 }
 
 void gm_draft::require_rows(gm_mirror & mirror, bool fused) const {
@@ -324,21 +346,43 @@ void gm_draft::fuse(gm_mirror & raw, int64_t start, int64_t count, gm_mirror & f
     }
 }
 
-// span: the position of the mask's first column.
-void gm_draft::fill_masks(const Graph & g, int64_t n, int64_t n_kv, int64_t span, int64_t context_start, int64_t n_past) {
+// The first position that token i of the block sees. The last is the block's own, or its end: inside the block all see all.
+int64_t gm_draft::first_seen(bool swa, const Sight & sight, int64_t i) const {
+    return swa ? std::max(sight.start, sight.n_past + i - params_.n_swa + 1) : sight.start;
+}
+
+// Columns of positions from..to-1.
+void gm_draft::fill_mask(ggml_tensor * mask, bool swa, const Sight & now, int64_t from, int64_t to) {
+    if (from >= to) return;
     const uint16_t open = 0, shut = ggml_fp32_to_fp16(-INFINITY);
+    const int64_t  width = to - from;
+    mask_data_.assign(size_t(width * now.n), shut);
+    for (int64_t i = 0; i < now.n; ++i) {
+        const int64_t first = std::max(first_seen(swa, now, i), from), end = std::min(now.n_past + (params_.causal ? i + 1 : now.n), to);
+        if (first < end) std::fill_n(mask_data_.begin() + i * width + (first - from), end - first, open);
+    }
+    const size_t cell = sizeof(uint16_t);
+    ggml_backend_tensor_set_2d(mask, mask_data_.data(), size_t(from - now.span) * cell, size_t(width) * cell, size_t(now.n), mask->nb[1], size_t(width) * cell);
+    times.mask_cells += width * now.n;
+}
+
+void gm_draft::fill_masks(const Graph & g, const Sight & now) {
+    const Sight was = drawn_;
+    drawn_          = {};  // until all is written
     for (ggml_tensor * mask : { g.mask, g.mask_swa }) {
         if (!mask) continue;
-        mask_data_.assign(size_t(n_kv * n), shut);
-        for (int64_t i = 0; i < n; ++i) {
-            uint16_t *    row   = mask_data_.data() + i * n_kv;
-            const int64_t query = n_past + i;
-            const int64_t first = mask == g.mask_swa ? std::max(context_start, query - params_.n_swa + 1) : context_start;
-            const int64_t last  = params_.causal ? query : n_past + n - 1;  // bidirectional inside the block
-            for (int64_t p = first; p <= last; ++p) row[p - span] = open;
+        const bool swa = mask == g.mask_swa;
+        if (!now.same_shape(was)) {
+            fill_mask(mask, swa, now, now.span, now.span + now.n_kv);
+            continue;
         }
-        set(mask, mask_data_.data());
+        // Where the first position that a token sees lies, was or will be; and where the last does.
+        const auto [low, high] = std::minmax({ first_seen(swa, was, 0), first_seen(swa, now, 0), first_seen(swa, was, was.n - 1), first_seen(swa, now, now.n - 1) });
+        const int64_t ends = std::min(was.n_past, now.n_past), end = std::max(was.n_past, now.n_past) + now.n;
+        fill_mask(mask, swa, now, low, std::min(high, ends));
+        fill_mask(mask, swa, now, ends, end);
     }
+    drawn_ = now;
 }
 
 void gm_draft::set_embeddings(ggml_tensor * embeddings, const std::vector<int32_t> & tokens) {
@@ -366,7 +410,10 @@ int64_t gm_draft::step(gm_mirror & mirror, int64_t n_past, int32_t last_token, i
     if (n_past < 0 || n_past > INT32_MAX - n) throw error(GM_ERR_ARGUMENT, "position %lld is out of range", (long long) n_past);
     require_rows(mirror, params_.fused_rows);
     last_logits_ = nullptr;
-    if (source_ != mirror.id() || !params_.keep_kv) std::fill(versions_.begin(), versions_.end(), 0);
+    if (source_ != mirror.id() || !params_.keep_kv) {
+        std::fill(versions_.begin(), versions_.end(), 0);
+        held_to_ = held_from_;
+    }
     source_ = mirror.id();
 
     const int64_t context = mirror.stretch_before(n_past, params_.window);
@@ -387,12 +434,13 @@ int64_t gm_draft::step(gm_mirror & mirror, int64_t n_past, int32_t last_token, i
         slots[size_t(i)]     = n_past + i - first_;
         versions_[size_t(slots[size_t(i)])] = 0;  // noise is nobody's context
     }
+    held_to_ = std::min(held_to_, n_past);
     if (g.tokens) set(g.tokens, block.data());
     if (g.embeddings) set_embeddings(g.embeddings, block);
     set(g.positions, positions.data());
     set(g.slots, slots.data());
     place_span(g, span - first_);
-    fill_masks(g, n, n_kv, span, start, n_past);
+    fill_masks(g, { n, n_kv, span, start, n_past });
     compute(g, main_);
 
     Graph * head = &g;

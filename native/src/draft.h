@@ -38,7 +38,7 @@ struct gm_draft {
         ggml_tensor *    embeddings = nullptr; // F32 [n_embd, n]
         ggml_tensor *    positions = nullptr;  // I32 [n]
         ggml_tensor *    slots = nullptr;      // I64 [n]
-        ggml_tensor *    mask = nullptr;       // F16 [n_kv, n]
+        ggml_tensor *    mask = nullptr;       // F16 [n_kv, n], in masks_
         ggml_tensor *    mask_swa = nullptr;
         // outputs
         ggml_tensor *    fused = nullptr;      // F32 [n_embd, n]
@@ -57,6 +57,12 @@ struct gm_draft {
     };
 
     struct Keys { ggml_tensor * k, * v; };  // [n_head_kv * head_dim, kv_slots]
+
+    // What a block attends to: its n tokens at n_past.. see the context from `start` on, in masks whose first column is position `span`.
+    struct Sight {
+        int64_t n = 0, n_kv = 0, span = 0, start = 0, n_past = 0;
+        bool    same_shape(const Sight & other) const { return n == other.n && n_kv == other.n_kv && span == other.span; }
+    };
 
     enum class Only { sizes };  // tensors without memory
     gm_draft(const gm_draft_params & params, Only);
@@ -89,14 +95,18 @@ struct gm_draft {
     Graph & head_graph(int64_t n);
 
     // draft.cpp
-    int64_t most_project_rows() const;
+    int64_t  most_project_rows() const;
+    uint64_t all_layers() const { return ~uint64_t(0) >> (64 - params_.n_layer); }
+    uint64_t swa_layers() const { return params_.n_swa > 0 ? params_.swa_layers & all_layers() : 0; }
     void    place(Graph & g, Place & p);
     void    compute(const Graph & g, const Place & p);
     void    make_room(int64_t start, int64_t n_past, int64_t end);
     void    place_span(const Graph & g, int64_t slot);
     void    project_changed(gm_mirror & mirror, int64_t start, int64_t count);
-    void    project(gm_mirror & mirror, int64_t start, int64_t count, const uint64_t * versions);
-    void    fill_masks(const Graph & g, int64_t n, int64_t n_kv, int64_t span, int64_t context_start, int64_t n_past);
+    void    project(gm_mirror & mirror, int64_t start, int64_t count, const gm::Ring::Version * versions);
+    int64_t first_seen(bool swa, const Sight & sight, int64_t i) const;
+    void    fill_masks(const Graph & g, const Sight & now);
+    void    fill_mask(ggml_tensor * mask, bool swa, const Sight & now, int64_t from, int64_t to);
     void    set_embeddings(ggml_tensor * embeddings, const std::vector<int32_t> & tokens);
 
     const gm_draft_params params_;
@@ -115,6 +125,10 @@ struct gm_draft {
     int64_t                 first_ = 0;   // position of slot 0, a multiple of kKvStep; slot i is of position first_ + i
     std::vector<uint64_t>   versions_;    // of the row that each slot's keys are of; 0: of none
     uint64_t                source_ = 0;  // id of the mirror that the keys are of
+    // Positions whose keys were those of the mirror's rows when its latest version was seen_: what is older there need not be looked at.
+    int64_t                 held_from_ = 0, held_to_ = 0;
+    uint64_t                seen_ = 0;
+    std::vector<gm::Ring::Version> changed_;
 
     gm_draft_bytes          size_{};          // on the draft's device
     uint64_t                head_size_ = 0;   // scratch where the output matrix lies
@@ -124,6 +138,12 @@ struct gm_draft {
     gm::Context             logits_ctx_;
     ggml_backend_buffer_ptr logits_buffer_;
     ggml_tensor *           logits_ = nullptr;  // F32 [n_output, block_size], where the output matrix lies
+    // Masks stay from step to step, so that only what the block sees anew, or no longer, has to be written.
+    gm::Context             mask_ctx_;
+    ggml_backend_buffer_ptr mask_buffer_;
+    ggml_tensor *           mask_ = nullptr;      // F16 [most_span * block_size]; null: no layer uses it
+    ggml_tensor *           mask_swa_ = nullptr;
+    Sight                   drawn_;
     std::vector<uint16_t>   mask_data_;
     ggml_tensor *           last_logits_ = nullptr;
 };

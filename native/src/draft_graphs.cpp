@@ -124,10 +124,16 @@ gm_draft::Graph gm_draft::build_block(int64_t n, int64_t n_kv) {
     const int64_t  hd = params_.head_dim, n_head = params_.n_head, n_head_kv = params_.n_head_kv;
     g.positions = input(ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n), "positions");
     g.slots     = input(ggml_new_tensor_1d(ctx, GGML_TYPE_I64, n), "slots");
-    // Only the masks that a layer uses: the graph gives no other tensor memory.
-    const uint64_t all = ~uint64_t(0) >> (64 - params_.n_layer), swa_layers = params_.n_swa > 0 ? params_.swa_layers & all : 0;
-    if (swa_layers != all) g.mask = input(ggml_new_tensor_2d(ctx, GGML_TYPE_F16, n_kv, n), "mask");
-    if (swa_layers) g.mask_swa = input(ggml_new_tensor_2d(ctx, GGML_TYPE_F16, n_kv, n), "mask_swa");
+    const uint64_t swa_layers = this->swa_layers();
+    const auto     mask       = [&](const ggml_tensor * where, const char * name) {
+        if (!where) return static_cast<ggml_tensor *>(nullptr);
+        ggml_tensor * t = input(ggml_new_tensor_2d(ctx, GGML_TYPE_F16, n_kv, n), name);
+        t->data         = where->data;
+        t->buffer       = where->buffer;
+        return t;
+    };
+    g.mask     = mask(mask_, "mask");
+    g.mask_swa = mask(mask_swa_, "mask_swa");
     ggml_tensor * x = nullptr;
     if (embedding_here_) {
         g.tokens = input(ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n), "tokens");

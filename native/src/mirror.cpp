@@ -265,11 +265,10 @@ int64_t gm_mirror::stretch_before(int64_t end, int64_t max) {
     return slots_.stretch_before(end, max);
 }
 
-std::vector<uint64_t> gm_mirror::versions(int64_t start, int64_t count) {
+uint64_t gm_mirror::changed(int64_t start, int64_t count, uint64_t since, std::vector<gm::Ring::Version> & out) {
     std::lock_guard<std::mutex> lock(mutex_);
-    std::vector<uint64_t>       versions(static_cast<size_t>(count));
-    for (int64_t i = 0; i < count; ++i) versions[size_t(i)] = slots_.version(start + i);
-    return versions;
+    slots_.changed(start, count, since, out);
+    return slots_.version();
 }
 
 void * gm_mirror::in_place(int64_t start, int64_t count) {

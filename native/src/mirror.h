@@ -33,7 +33,7 @@ struct gm_mirror {
 
     // For a reader that keeps what it derived from rows: see gm::Ring.
     int64_t               stretch_before(int64_t end, int64_t max);
-    std::vector<uint64_t> versions(int64_t start, int64_t count);
+    uint64_t              changed(int64_t start, int64_t count, uint64_t since, std::vector<gm::Ring::Version> & out);  // the latest version
     // The rows as they lie in the ring: F32, complete, not wrapped; null if they have to be read.
     void *                in_place(int64_t start, int64_t count);
     ggml_backend_buffer_t buffer() const { return buffer_.get(); }

@@ -7,7 +7,8 @@
 namespace gm {
 
 Ring::Ring(int64_t cap, int32_t taps)
-    : slots_(size_t(cap)), whole_(size_t(chunks(cap)), -1), all_taps_(taps == 64 ? ~uint64_t(0) : (uint64_t(1) << taps) - 1) {}
+    : slots_(size_t(cap)), whole_(size_t(chunks(cap)), -1), newest_(size_t(chunks(cap)), 0),
+      all_taps_(taps == 64 ? ~uint64_t(0) : (uint64_t(1) << taps) - 1) {}
 
 Runs Ring::runs(int64_t start, int64_t count) const {
     Runs          runs;
@@ -37,7 +38,8 @@ void Ring::note_chunks(const Runs & runs) {
             const int64_t first = slots_[size_t(c * kChunk)].position;
             int64_t       i     = 0;
             while (i < chunk_slots(c) && is_complete(c * kChunk + i, first + i)) ++i;
-            whole_[size_t(c)] = i == chunk_slots(c) ? first : -1;
+            whole_[size_t(c)]  = i == chunk_slots(c) ? first : -1;
+            newest_[size_t(c)] = version_;
         }
     }
 }
@@ -145,14 +147,35 @@ uint64_t Ring::taps_at(int64_t position) const {
 }
 
 int64_t Ring::stretch_before(int64_t end, int64_t max) const {
-    int64_t n = 0;
-    while (n < std::min({ max, end, cap() }) && version(end - n - 1) != 0) ++n;
-    return n;
+    const int64_t most = std::min({ max, end, cap() });
+    int64_t       n    = 0;
+    for (int64_t s = most > 0 ? slot(end - 1) : 0; n < most; s = s < 0 ? cap() - 1 : s) {
+        const int64_t position = end - n - 1, before = s % kChunk;  // slots of its chunk that come before
+        if (whole_[size_t(s / kChunk)] == position - before) {
+            n += before + 1;
+            s -= before + 1;
+        } else if (is_complete(s, position)) {
+            ++n;
+            --s;
+        } else {
+            break;
+        }
+    }
+    return std::min(n, most);
 }
 
-uint64_t Ring::version(int64_t position) const {
-    const Slot & s = slots_[size_t(slot(position))];
-    return is_complete(slot(position), position) ? s.version : 0;
+void Ring::changed(int64_t start, int64_t count, uint64_t since, std::vector<Version> & out) const {
+    for (const Run & run : runs(start, count)) {
+        for (int64_t i = 0; i < run.count;) {
+            const int64_t slot = run.slot + i, chunk = slot / kChunk, position = start + run.offset + i;
+            if (slot % kChunk == 0 && whole_[size_t(chunk)] == position && newest_[size_t(chunk)] <= since) {
+                i += kChunk;  // beyond the run's end, if the chunk is
+            } else {
+                out.push_back({ position, is_complete(slot, position) ? slots_[size_t(slot)].version : 0 });
+                ++i;
+            }
+        }
+    }
 }
 
 } // namespace gm

@@ -50,12 +50,16 @@ class Ring {
     // Longest complete stretch that ends before `end`, of at most `max` rows: its length.
     int64_t stretch_before(int64_t end, int64_t max) const;
 
-    // Changes whenever the row of the position does: lets a reader know what it has seen already. 0: not complete.
-    uint64_t version(int64_t position) const;
+    // A row's version changes whenever the row does, and no version comes twice: lets a reader know what it has seen already.
+    // 0: not complete.
+    struct Version { int64_t position; uint64_t version; };
+    uint64_t version() const { return version_; }  // the latest
+    // Of the range, appended to `out`: every row whose version is above `since`, or 0; and others in their neighbourhood.
+    void changed(int64_t start, int64_t count, uint64_t since, std::vector<Version> & out) const;
 
     uint64_t all_taps() const { return all_taps_; }
 
-    static uint64_t bytes(int64_t cap) { return uint64_t(cap) * sizeof(Slot) + uint64_t(chunks(cap)) * sizeof(int64_t); }
+    static uint64_t bytes(int64_t cap) { return uint64_t(cap) * sizeof(Slot) + uint64_t(chunks(cap)) * (sizeof(int64_t) + sizeof(uint64_t)); }
 
   private:
     struct Slot {
@@ -73,12 +77,13 @@ class Ring {
     void                     note_chunks(const Runs & runs);
     Error                    stale(int64_t start, int64_t count, int64_t position) const;
 
-    std::vector<Slot>    slots_;
-    std::vector<int64_t> whole_;    // by chunk: the position in its first slot, if that and those that follow are all complete; else -1
-    uint64_t             all_taps_;
-    uint64_t             version_ = 0;
-    int64_t              end_     = 0;  // 1 + highest live position: bounds the work of truncate
-    int64_t              used_    = 0;  // slots from here on were not written since the last clear
+    std::vector<Slot>     slots_;
+    std::vector<int64_t>  whole_;   // by chunk: the position in its first slot, if that and those that follow are all complete; else -1
+    std::vector<uint64_t> newest_;  // by chunk: of its slots' versions the highest, if it is whole
+    uint64_t              all_taps_;
+    uint64_t              version_ = 0;
+    int64_t               end_     = 0;  // 1 + highest live position: bounds the work of truncate
+    int64_t               used_    = 0;  // slots from here on were not written since the last clear
 };
 
 } // namespace gm
