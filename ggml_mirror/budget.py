@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from .byte_size import format_bytes, parse_bytes
@@ -19,19 +19,13 @@ from .draft import DraftSpec
 from .draft_memory import mirror_cap, row_shape, staging_cap
 from .dtype import FeatureDtype
 from .errors import ArgumentError, BudgetError, DtypeError
+from .ladder import Rung, candidates, choose, default_margin, descending, next_rung, offer, to_json
 from .mechanism import CaptureMechanism
 from .memory_parts import PairCosts, Part, Room, rooms, target_parts
 from .model_info import ModelInfo
 from .plan import largest
-from .row_kind import FUSED, RAW, parse_rows
+from .row_kind import FUSED, RAW, parse_rows_choice
 from .target_memory import measure
-
-#: What "auto" chooses from, most precise first. f16 is as large as bf16 and cannot hold every value; smaller types cost acceptance.
-LADDER = (FeatureDtype.F32, FeatureDtype.BF16, FeatureDtype.Q8_0)
-
-#: What "auto" leaves free on the mirror's device unless told otherwise: this share of its memory, and so many bytes at most (the
-#: margin of llama.cpp's own ``--fit``).
-MARGIN_SHARE, MARGIN_MOST = 0.05, 1 << 30
 
 _SMALLER_TARGET = (
     "use a smaller context (n_ctx, -c), a quantised KV cache (type_k, type_v) "
@@ -67,8 +61,9 @@ class Budget:
 
     Attributes:
         error: why it cannot be; None if it fits.
-        dtype: the feature dtype; None if "auto" found none, and the parts are then without a mirror.
-        reason: why "auto" chose this dtype, in a sentence with the numbers; empty if one was named.
+        dtype, rows: the feature dtype and rows; None and "" if "auto" found none, and the parts are then without a mirror.
+        ladder: what "auto" chose from, most precise first, with the bytes that draft and mirror take on ``mirror_device``.
+        reason: why "auto" chose what it did, in a sentence with the numbers; empty if both were named.
         cap: rows of the mirror.
         margin: bytes that "auto" leaves free on ``mirror_device``.
     """
@@ -84,6 +79,8 @@ class Budget:
     cap: int = 0
     mirror_device: str = ""
     margin: int = 0
+    rows: str = ""
+    ladder: Mapping[Rung, int] = field(default_factory=dict)
 
     def require_fit(self) -> None:
         """Raise BudgetError unless everything fits."""
@@ -97,6 +94,11 @@ class Budget:
             "fits": e is None,
             "n_ctx": self.n_ctx,
             "feature_dtype": None if self.dtype is None else self.dtype.value,
+            "feature_rows": self.rows or None,
+            "ladder": [
+                to_json(rung, size, chosen=(rung.rows, rung.dtype) == (self.rows, self.dtype))
+                for rung, size in self.ladder.items()
+            ],
             "reason": self.reason,
             "draft_window": self.draft_window,
             "cap": self.cap,
@@ -113,6 +115,7 @@ class Budget:
                 "bytes_free": e.bytes_free,
                 "fitting_dtypes": list(e.fitting_dtypes),
                 "max_window": e.max_window,
+                "next_rung": e.next_rung,
             },
         }
 
@@ -137,7 +140,8 @@ def make_budget(
     Nothing is allocated. Whether it fits is in the result: show it, then call :meth:`Budget.require_fit`.
 
     Args:
-        feature_dtype: a dtype, or "auto": the most precise of :data:`LADDER` that leaves ``memory_margin`` free on the mirror's device.
+        feature_dtype, feature_rows: each a name or "auto": the first rung of the ladder (:mod:`ggml_mirror.ladder`), as far as it is open,
+            that leaves ``memory_margin`` free on the mirror's device.
         memory_margin: bytes, or text such as "512MiB"; None takes :func:`default_margin`.
         mechanism: how taps leave the target's graph, as for ``DFlashLlama``.
         extra: further parts that the caller will allocate.
@@ -163,58 +167,25 @@ def make_budget(
         error = None if all(d.fits for d in on) else _too_large(parts, _short(on), [_SMALLER_TARGET])
         return Budget(parts, on, memory.n_ctx, _notes(on), error)
 
-    choice = FeatureDtype.resolve_choice(feature_dtype)
+    dtype, rows = FeatureDtype.resolve_choice(feature_dtype), parse_rows_choice(feature_rows)
     spec = DraftSpec.read(draft_path, target)
+    spec.require_rows(rows)
     n_draft = resolve_n_draft(n_draft, spec)
     memory = measure(
         model_path, n_draft=n_draft, taps=spec.taps, mechanism=mechanism, **{**LLAMA_DEFAULTS, **llama_kwargs}
     )
     device = memory.output_device if draft_device == "auto" else find_device(draft_device)
     fixed = (*target_parts(memory, n_outputs=max(outputs, n_draft + 1), lora_path=lora), *extra)
-    search = _Search(
-        fixed,
-        PairCosts(
-            spec,
-            device,
-            memory.n_vocab,
-            parse_rows(feature_rows),
-            draft_kv,
-            staging_cap(memory.n_ubatch, spec) if feature_rows == FUSED else 0,
-        ),
-        rooms(),
-        resolve_window(draft_window, memory.n_ctx),
-        _margin(memory_margin, device),
-    )
-    return search.fixed_dtype(choice, memory.n_ctx) if choice is not None else search.auto(memory.n_ctx)
-
-
-def choose_dtype(
-    needed: Mapping[FeatureDtype, int], *, free: int, margin: int, device: str
-) -> tuple[FeatureDtype | None, str]:
-    """The first dtype that leaves ``margin`` bytes free, and why, with the numbers.
-
-    Args:
-        needed: by dtype, the most precise first: bytes that everything takes on the device.
-        free: bytes that are free there.
-
-    >>> from ggml_mirror import FeatureDtype
-    >>> choose_dtype({FeatureDtype.F32: 900, FeatureDtype.BF16: 600}, free=1000, margin=200, device="CUDA0")[1]
-    'bf16 leaves 400 B free on CUDA0, the margin is 200 B; f32 would leave 100 B'
-    """
-    refused: list[str] = []
-    for dtype, size in needed.items():
-        left = free - size
-        if left >= margin:
-            first = f"{dtype} leaves {format_bytes(left)} free on {device}, the margin is {format_bytes(margin)}"
-            return dtype, "; ".join([first, *(refused or ["no dtype is more precise"])])
-        would = f"leave {format_bytes(left)}" if left >= 0 else f"need {format_bytes(-left)} more than is free"
-        refused.append(f"{dtype} would {would}")
-    return None, f"no dtype leaves {format_bytes(margin)} free on {device}, the margin: {'; '.join(refused)}"
-
-
-def default_margin(device: Device) -> int:
-    """Bytes that "auto" leaves free on a device unless told otherwise: 5 % of its memory, at most 1 GiB."""
-    return min(int(MARGIN_SHARE * device.memory_total), MARGIN_MOST)
+    waiting = {RAW: 0, FUSED: staging_cap(memory.n_ubatch, spec)}
+    pairs = {
+        kind: PairCosts(spec, device, memory.n_vocab, kind, draft_kv, waiting[kind])
+        for kind in ((RAW, FUSED) if spec.can_fuse else (RAW,))
+    }
+    window = resolve_window(draft_window, memory.n_ctx)
+    search = _Search(fixed, pairs, rooms(), window, _margin(memory_margin, device))
+    if rows is not None and dtype is not None:
+        return search.named(Rung(rows, dtype), memory.n_ctx)
+    return search.auto(candidates(rows, dtype), memory.n_ctx)
 
 
 def _margin(asked: int | str | None, device: Device) -> int:
@@ -228,90 +199,139 @@ def _margin(asked: int | str | None, device: Device) -> int:
 
 @dataclass(frozen=True)
 class _Search:
-    """Dtypes and windows that fit beside a target into the devices' memory of one moment."""
+    """Rungs and windows that fit beside a target into the devices' memory of one moment. ``pairs``: by kind of rows."""
 
     fixed: tuple[Part, ...]
-    pair: PairCosts
+    pairs: Mapping[str, PairCosts]
     rooms: tuple[Room, ...]
     window: int
     margin: int
 
-    def fixed_dtype(self, dtype: FeatureDtype, n_ctx: int) -> Budget:
-        if not self.pair.can_hold(dtype):
-            (taps, n_embd), good = row_shape(self.pair.spec, self.pair.rows), self.pair.possible()
+    @property
+    def here(self) -> str:
+        """The mirror's device."""
+        return self.pairs[RAW].device.name
+
+    def named(self, rung: Rung, n_ctx: int) -> Budget:
+        pair = self.pairs[rung.rows]
+        if not pair.can_hold(rung.dtype):
+            (taps, n_embd), good = row_shape(pair.spec, rung.rows), pair.possible()
             raise DtypeError(
-                f"{self.pair.device.name} cannot hold rows of {taps} taps x {n_embd} as {dtype}; use one of {', '.join(good)}"
+                f"{self.here} cannot hold rows of {taps} taps x {n_embd} as {rung.dtype}; use one of {', '.join(good)}"
             )
-        fits = self.fits(dtype, self.window)
-        return self.budget(n_ctx, dtype, "", None if fits else self.refusal(dtype))
+        fits = self.fits(rung, self.window)
+        return self.budget(n_ctx, rung, "", None if fits else self.refusal(rung))
 
-    def auto(self, n_ctx: int) -> Budget:
-        here = self.pair.device.name
-        needed = {d: self.on(d)[here].needed for d in self.pair.possible(LADDER)}
-        free = next(room.free for room in self.rooms if room.device == here)
-        dtype, reason = choose_dtype(needed, free=free, margin=self.margin, device=here)
-        if dtype is not None and self.fits(dtype, self.window):
-            return self.budget(n_ctx, dtype, reason, None)
-        if dtype is not None:  # another device is too small, whatever the dtype
-            return self.budget(n_ctx, dtype, reason, self.refusal(dtype))
-        return self.budget(n_ctx, None, reason, self.refusal_of_all(reason))
+    def auto(self, wanted: Sequence[Rung], n_ctx: int) -> Budget:
+        needed = self.ladder(wanted)
+        if not needed:  # one dtype, in either kind of rows
+            return self.named(wanted[0], n_ctx)
+        free = next(room.free for room in self.rooms if room.device == self.here)
+        rung, reason = choose(needed, free=free, margin=self.margin, device=self.here)
+        error: BudgetError | None
+        if rung is None:
+            error = self.refusal_of_all(list(needed)[-1], reason)
+        else:  # another device may be too small, whatever the rung
+            error = None if self.fits(rung, self.window) else self.refusal(rung)
+        sizes = {r: self.pair_bytes(r) for r in needed}
+        return replace(self.budget(n_ctx, rung, reason, error), ladder=sizes)
 
-    def budget(self, n_ctx: int, dtype: FeatureDtype | None, reason: str, error: BudgetError | None) -> Budget:
-        parts = self.parts(dtype, self.window)
-        on, cap = _devices(parts, self.rooms), mirror_cap(self.pair.spec, self.window)
-        device = self.pair.device.name
-        return Budget(parts, on, n_ctx, _notes(on), error, dtype, reason, self.window, cap, device, self.margin)
+    def ladder(self, wanted: Sequence[Rung]) -> dict[Rung, int]:
+        """Those that can be, each smaller than the ones before, with all bytes on the mirror's device."""
+        can = (r for r in wanted if r.rows in self.pairs and self.pairs[r.rows].can_hold(r.dtype))
+        return descending(can, lambda r: self.on(r)[self.here].needed)
 
-    def parts(self, dtype: FeatureDtype | None, window: int) -> tuple[Part, ...]:
-        return (*self.fixed, *self.pair.parts(dtype, window))
+    def budget(self, n_ctx: int, rung: Rung | None, reason: str, error: BudgetError | None) -> Budget:
+        parts = self.parts(rung, self.window)
+        on, cap = _devices(parts, self.rooms), mirror_cap(self.pairs[RAW].spec, self.window)
+        return Budget(
+            parts,
+            on,
+            n_ctx,
+            _notes(on),
+            error,
+            dtype=rung.dtype if rung else None,
+            reason=reason,
+            draft_window=self.window,
+            cap=cap,
+            mirror_device=self.here,
+            margin=self.margin,
+            rows=rung.rows if rung else "",
+        )
 
-    def on(self, dtype: FeatureDtype | None, window: int | None = None) -> dict[str, DeviceBudget]:
-        parts = self.parts(dtype, self.window if window is None else window)
+    def parts(self, rung: Rung | None, window: int) -> tuple[Part, ...]:
+        pair = self.pairs[rung.rows if rung else RAW]
+        return (*self.fixed, *pair.parts(rung.dtype if rung else None, window))
+
+    def pair_bytes(self, rung: Rung) -> int:
+        """What draft and mirror take on the mirror's device."""
+        parts = self.pairs[rung.rows].parts(rung.dtype, self.window)
+        return sum(part.bytes for part in parts if part.device == self.here)
+
+    def on(self, rung: Rung | None, window: int | None = None) -> dict[str, DeviceBudget]:
+        parts = self.parts(rung, self.window if window is None else window)
         return {d.name: d for d in _devices(parts, self.rooms)}
 
-    def fits(self, dtype: FeatureDtype, window: int, margin: int | None = None) -> bool:
+    def fits(self, rung: Rung, window: int, margin: int | None = None) -> bool:
         """Everything fits, and a margin is left on the mirror's device."""
-        on = self.on(dtype, window)
-        left = margin is None or on[self.pair.device.name].free_after >= margin
+        on = self.on(rung, window)
+        left = margin is None or on[self.here].free_after >= margin
         return left and all(d.fits for d in on.values())
 
-    def largest_window(self, dtype: FeatureDtype, margin: int | None = None) -> int:
+    def largest_window(self, rung: Rung, margin: int | None = None) -> int:
         """The largest draft window, up to the one that was asked for, that fits; 0: none."""
-        return largest(self.window, lambda window: self.fits(dtype, window, margin))
+        return largest(self.window, lambda window: self.fits(rung, window, margin))
 
-    def refusal(self, dtype: FeatureDtype) -> BudgetError:
-        window = self.largest_window(dtype)
-        smaller = tuple(d for d in self.pair.possible() if self.fits(d, self.window))
+    def fitting(self, rows: str) -> tuple[FeatureDtype, ...]:
+        """The dtypes that fit without a margin."""
+        return tuple(d for d in self.pairs[rows].possible() if self.fits(Rung(rows, d), self.window))
+
+    def below(self, rung: Rung, margin: int | None = None) -> Rung | None:
+        """The first smaller rung of the whole ladder that fits."""
+        ladder = {r: size for r, size in self.ladder(candidates()).items() if self.fits(r, self.window, margin)}
+        return next_rung(ladder, self.on(rung)[self.here].needed, max(ladder.values(), default=0))
+
+    def refusal(self, rung: Rung) -> BudgetError:
+        window, smaller = self.largest_window(rung), self.fitting(rung.rows)
         advice = []
         if smaller:
             advice.append(f"a draft window of {self.window} fits as {', '.join(smaller)}")
         if window:
-            advice.append(f"{dtype} fits with a draft window of {window}")
-        parts = self.parts(dtype, self.window)
+            advice.append(f"{rung} fits with a draft window of {window}")
+        parts = self.parts(rung, self.window)
         short = _short(_devices(parts, self.rooms))
-        return _too_large(
-            parts, short, advice or [f"no dtype and no draft window fits; {_SMALLER_TARGET}"], smaller, window
-        )
+        hopeless = f"no dtype and no draft window fits; {_SMALLER_TARGET}"
+        return self.too_large(parts, short, advice, hopeless, smaller, window, self.below(rung))
 
-    def refusal_of_all(self, why: str) -> BudgetError:
-        """No dtype of the ladder leaves the margin."""
-        last = self.pair.possible(LADDER)[-1]
-        window = self.largest_window(last, self.margin)
-        without = tuple(d for d in self.pair.possible() if self.fits(d, self.window))
+    def refusal_of_all(self, last: Rung, why: str) -> BudgetError:
+        """No rung leaves the margin; ``last`` takes the least."""
+        window, without = self.largest_window(last, self.margin), self.fitting(last.rows)
         advice = []
         if window:
             advice.append(f"with a draft window of {window}, {last} leaves it")
         if without:
-            advice.append(f"without a margin {', '.join(without)} would fit: name one, or give a smaller margin")
-        here = self.on(last)[self.pair.device.name]
-        return _too_large(
-            self.parts(last, self.window),
-            here,
-            advice or [f"no draft window fits either; {_SMALLER_TARGET}"],
-            without,
-            window,
-            why,
-        )
+            kind = "" if last.rows == RAW else f" (feature_rows {last.rows})"
+            advice.append(f"without a margin {', '.join(without)}{kind} would fit: name one, or give a smaller margin")
+        here, parts = self.on(last)[self.here], self.parts(last, self.window)
+        hopeless = f"no draft window fits either; {_SMALLER_TARGET}"
+        return self.too_large(parts, here, advice, hopeless, without, window, self.below(last, self.margin), why)
+
+    def too_large(
+        self,
+        parts: Sequence[Part],
+        device: DeviceBudget,
+        advice: list[str],
+        hopeless: str,
+        dtypes: Sequence[FeatureDtype],
+        window: int,
+        below: Rung | None,
+        why: str = "it does not fit",
+    ) -> BudgetError:
+        if below is not None:
+            advice.append(offer(below, self.pair_bytes(below), "for draft and mirror"))
+        error = _too_large(parts, device, advice or [hopeless], dtypes, window, why)
+        error.next_rung = (below.rows, below.dtype.value) if below else None
+        return error
 
 
 def _devices(parts: Sequence[Part], where: Sequence[Room]) -> tuple[DeviceBudget, ...]:

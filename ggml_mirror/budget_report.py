@@ -11,7 +11,8 @@ from rich.markup import escape
 from .budget import Budget, make_budget
 from .byte_size import format_bytes
 from .errors import UnsupportedError
-from .report import _columns, _print_notes, _table
+from .ladder import Rung
+from .report import _columns, _print_notes, _table, print_ladder
 
 
 def print_budget(budget: Budget, console: Console) -> None:
@@ -40,6 +41,7 @@ def print_budget(budget: Budget, console: Console) -> None:
     console.print(table)
     if budget.reason:
         console.print(f"feature dtype auto: {escape(budget.reason)}")
+        print_ladder(budget.ladder, Rung(budget.rows, budget.dtype) if budget.dtype else None, console)
     _print_notes(budget.notes, console)
 
 
@@ -50,7 +52,7 @@ def within_budget(model_path: str | os.PathLike[str], console: Console, **option
         options: as for :func:`make_budget`; see :func:`loading_options`.
 
     Returns:
-        The options for ``DFlashLlama`` or ``Llama``, with the feature dtype that was chosen.
+        The options for ``DFlashLlama`` or ``Llama``, with the feature dtype and rows that were chosen.
 
     Raises:
         BudgetError: it does not fit; nothing was allocated.
@@ -64,4 +66,6 @@ def within_budget(model_path: str | os.PathLike[str], console: Console, **option
         return options
     print_budget(budget, console)
     budget.require_fit()
-    return options if budget.dtype is None else {**options, "feature_dtype": budget.dtype}
+    if budget.dtype is None:
+        return options
+    return {**options, "feature_dtype": budget.dtype, "feature_rows": budget.rows}

@@ -55,7 +55,7 @@ JsonOption = Annotated[
 #: Flags of more than one command.
 _FEATURE_DTYPE = typer.Option(
     metavar="DTYPE",
-    help="How the mirror stores rows; auto: the most precise of f32, bf16, q8_0 that leaves the memory margin. "
+    help="How the mirror stores rows; auto: the most precise that leaves the memory margin, of raw rows f32, bf16, q8_0. "
     "Default: DFLASH_FEATURE_DTYPE, else f32.",
 )
 _MEMORY_MARGIN = typer.Option(
@@ -63,7 +63,10 @@ _MEMORY_MARGIN = typer.Option(
     help="What auto leaves free, as 512MiB. Default: 5 % of the device's memory, at most 1 GiB.",
 )
 _FEATURE_ROWS = typer.Option(
-    "--feature-rows", metavar="raw|fused", help="What the mirror holds; fused: what the draft makes of rows."
+    "--feature-rows",
+    metavar="raw|fused|auto",
+    help="What the mirror holds; fused: what the draft makes of rows; auto: raw if it fits. With --feature-dtype auto, the whole ladder "
+    "(see plan) is walked.",
 )
 _DRAFT_KV = typer.Option(
     "--draft-kv", metavar="TYPE", help="Of the draft's keys and values: f16, q8_0, or off: none are kept."
@@ -229,7 +232,7 @@ def plan(
     ] = "raw",
     json: JsonOption = None,
 ) -> None:
-    """Exact bytes of a mirror per dtype, and which fit where.
+    """Exact bytes of a mirror per dtype, which fit where, and the ladder of rows and dtypes that auto walks.
 
     [bold]Examples[/]
 
@@ -261,6 +264,7 @@ def plan(
         device=device,
         budget=budget,
         rows=row.rows,
+        draft_n_embd=row.draft_n_embd,
     )
     if json is not None:
         write_json(made.to_json(), json)

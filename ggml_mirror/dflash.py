@@ -29,7 +29,7 @@ from .mirror import FeatureMirror
 from .model_info import ModelInfo
 from .prompt_grid import PromptGrid
 from .rollback import Rollback, first_cut, wants_snapshots
-from .row_kind import FUSED, RAW, parse_rows
+from .row_kind import FUSED, RAW, parse_rows_choice
 from .sequence_state import last_logits, put_sequence, sample_kept, take_sequence
 from .snapshot import Snapshot
 
@@ -80,15 +80,16 @@ class DFlashLlama(Llama):
     Args:
         model_path: the target.
         draft_path: a DFlash draft made for it.
-        feature_dtype: how the mirror stores rows; None takes ``DFLASH_FEATURE_DTYPE``, else f32. "auto" takes the most precise of
-            f32, bf16 and q8_0 that leaves ``memory_margin`` free, see :func:`ggml_mirror.budget.make_budget`.
+        feature_dtype: how the mirror stores rows; None takes ``DFLASH_FEATURE_DTYPE``, else f32. "auto" takes the most precise one of
+            the ladder that leaves ``memory_margin`` free, see :mod:`ggml_mirror.ladder`.
         draft_window: context rows that the draft attends to; the mirror holds ``draft_window + block_size`` rows. None takes
             4096, or the context if that is smaller.
         draft_device: device of draft and mirror: a ggml device name, or "auto": where the target's output matrix lies.
         n_draft: tokens to draft per step, at most ``block_size - 1`` (the default).
         memory_margin: for "auto": bytes, or text such as "512MiB", to leave free on the mirror's device.
         feature_rows: what the mirror holds: "raw", the tapped outputs, or "fused", what the draft makes of them first. Fused rows are
-            as wide as the draft (raw ones ``n_taps`` times the target) and bear fewer bits.
+            as wide as the draft (raw ones ``n_taps`` times the target) and bear fewer bits. "auto": as for ``feature_dtype``; with both,
+            the whole ladder is walked.
         draft_kv: type of the draft's keys and values of the window, "f16" or "q8_0"; "off" computes them anew at each step.
         mechanism: how taps leave the target's graph, see :func:`ggml_mirror.capture.capture`.
         llama_kwargs: as for ``llama_cpp.Llama``, but for ``draft_model`` and ``embedding``; ``flash_attn`` is on unless given.
@@ -132,7 +133,7 @@ class DFlashLlama(Llama):
             if llama_kwargs.get(name):
                 raise ArgumentError(f"{name} cannot be given together with draft_path")
         self.draft_path = str(draft_path)
-        self.feature_rows = parse_rows(feature_rows)
+        rows = parse_rows_choice(feature_rows)
         self._drafting: dict[str, Any] = {
             "draft_window": draft_window,
             "draft_device": draft_device,
@@ -146,10 +147,12 @@ class DFlashLlama(Llama):
         self.draft_spec = DraftSpec.read(draft_path, target)
         self.n_draft = resolve_n_draft(n_draft, self.draft_spec)
         resolve_window(draft_window, 1)  # a bad one is an error before the target is loaded
+        self.draft_spec.require_rows(rows)
         dtype = FeatureDtype.resolve_choice(feature_dtype)
-        if dtype is None:
-            dtype = self._choose_dtype(model_path, memory_margin, llama_kwargs)
-        self.feature_dtype = dtype
+        if dtype is None or rows is None:
+            dtype, rows = self._choose(model_path, AUTO if dtype is None else dtype, memory_margin, llama_kwargs)
+        self.feature_dtype, self.feature_rows = dtype, rows
+        self._drafting["feature_rows"] = rows
         llama_kwargs = {**LLAMA_DEFAULTS, **llama_kwargs}
         super().__init__(model_path, **llama_kwargs)
         try:
@@ -158,22 +161,22 @@ class DFlashLlama(Llama):
             self.close()
             raise
 
-    def _choose_dtype(
-        self, model_path: str, memory_margin: int | str | None, llama_kwargs: dict[str, Any]
-    ) -> FeatureDtype:
+    def _choose(
+        self, model_path: str, dtype: str, memory_margin: int | str | None, llama_kwargs: dict[str, Any]
+    ) -> tuple[FeatureDtype, str]:
         from .budget import make_budget
 
         budget = make_budget(
             model_path,
             draft_path=self.draft_path,
-            feature_dtype=AUTO,
+            feature_dtype=dtype,
             memory_margin=memory_margin,
             **self._drafting,
             **llama_kwargs,
         )
         budget.require_fit()
         assert budget.dtype is not None
-        return budget.dtype
+        return budget.dtype, budget.rows
 
     def _start_drafting(
         self, draft_window: int | None, draft_device: str, draft_kv: str, mechanism: str | CaptureMechanism | None
@@ -194,21 +197,21 @@ class DFlashLlama(Llama):
             "tok_embd": hook.tok_embd,
             "output": hook.output,
             "device_index": device.index,
-            "rows": rows,
             "kv": draft_kv,
         }
-        staging = staging_cap(llama_cpp.llama_n_ubatch(self.ctx), spec) if rows == FUSED else 0
+        n_ubatch = llama_cpp.llama_n_ubatch(self.ctx)
+        staging = staging_cap(n_ubatch, spec) if rows == FUSED else 0
         require_room(
             spec,
             self.draft_window,
             self.feature_dtype,
             device,
-            lambda w: draft_bytes(spec, window=w, **where),
+            lambda w, kind: draft_bytes(spec, window=w, rows=kind, **where),
             rows,
-            staging,
+            n_ubatch,
         )
         # A block is a batch.
-        self.draft = Draft(spec, window=self.draft_window, n_threads=self.n_threads_batch, **where)
+        self.draft = Draft(spec, window=self.draft_window, n_threads=self.n_threads_batch, rows=rows, **where)
         self._stack.callback(self.draft.close)
         taps, n_embd = row_shape(spec, rows)
         self.mirror = self._stack.enter_context(

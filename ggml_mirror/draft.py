@@ -29,6 +29,9 @@ from .row_kind import FUSED, RAW, parse_rows
 #: How a draft keeps the keys and values of its window; "off" computes them at each step, into f16.
 DRAFT_KV = {"f16": "f16", "q8_0": "q8_0", "off": "f16"}
 
+#: Names of the projection that all layers share.
+_FUSION = ("fc.weight", "dflash.fc.weight", "dflash_fc.weight")
+
 _ROPE_SCALING = ("none", "linear")
 _MAX_LAYERS = 64  # the native layer keeps a bit for each
 
@@ -42,6 +45,7 @@ class DraftSpec:
         block_size: tokens in a block, the last committed one included.
         swa_layers: draft layers with a sliding window of ``n_swa`` positions.
         causal: attention inside the block looks back only.
+        can_fuse: all layers read one projection of a row, so that it can be kept in place of the row.
     """
 
     path: Path
@@ -67,6 +71,7 @@ class DraftSpec:
     causal: bool
     n_swa: int
     swa_layers: tuple[int, ...]
+    can_fuse: bool
 
     @classmethod
     def read(cls, path: str | os.PathLike[str], target: ModelInfo) -> DraftSpec:
@@ -159,7 +164,16 @@ class DraftSpec:
             causal=bool(meta.get(f"{arch}.attention.causal", False)),
             n_swa=n_swa,
             swa_layers=tuple(i for i, on in enumerate(pattern[: info.n_layer]) if on and n_swa),
+            can_fuse=any(name in file.tensors for name in _FUSION),
         )
+
+    def require_rows(self, rows: str | None) -> None:
+        """Raise UnsupportedDraftError if such rows cannot be kept for this draft."""
+        if rows == FUSED and not self.can_fuse:
+            raise UnsupportedDraftError(
+                f"{self.path} has no projection that all its layers share ({_FUSION[0]}), so its rows cannot be kept fused; "
+                f'use feature_rows="{RAW}"'
+            )
 
     def _check(self, info: ModelInfo, target: ModelInfo, *, has_embedding: bool) -> None:
         assert info.draft is not None

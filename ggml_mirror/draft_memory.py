@@ -9,6 +9,7 @@ from .device import Device, devices
 from .draft import DraftBytes, DraftSpec
 from .dtype import FeatureDtype
 from .errors import MirrorMemoryError
+from .ladder import Rung, candidates, descending, next_rung, offer
 from .mirror import mirror_size
 from .plan import device_bytes, fitting_dtypes, largest
 from .row_kind import FUSED, RAW
@@ -41,38 +42,52 @@ def require_room(
     window: int,
     dtype: FeatureDtype,
     device: Device,
-    draft_bytes: Callable[[int], DraftBytes],
+    draft_bytes: Callable[[int, str], DraftBytes],
     rows: str = RAW,
-    staging: int = 0,
+    n_ubatch: int = 0,
 ) -> None:
     """Nothing, if the draft with this window and its mirror fit into what the device has free.
 
     Args:
-        draft_bytes: what the draft takes, by window.
+        draft_bytes: what the draft takes, by window and rows.
         rows: what the mirror holds.
-        staging: slots for raw rows that wait to be fused.
+        n_ubatch: the target's micro-batch.
 
     Raises:
-        MirrorMemoryError: names the bytes of both and the free ones; which dtypes and which window would fit, and other devices.
+        MirrorMemoryError: names the bytes of both and the free ones; which dtypes and which window would fit, the next rung of the
+            ladder, and other devices.
     """
-    taps, n_embd = row_shape(spec, rows)
-    waiting = staging_bytes(spec, staging, device)
+    asked = Rung(rows, dtype)
 
-    def both(window: int) -> tuple[int, int]:
-        size = mirror_size(taps, n_embd, mirror_cap(spec, window), dtype, device.index)
-        return draft_bytes(window).total, device_bytes(size, device) + waiting
+    def waiting(rows: str) -> int:
+        return staging_bytes(spec, staging_cap(n_ubatch, spec) if rows == FUSED else 0, device)
 
-    draft, mirror = both(window)
+    def both(window: int, rung: Rung) -> tuple[int, int]:
+        size = mirror_size(*row_shape(spec, rung.rows), mirror_cap(spec, window), rung.dtype, device.index)
+        return draft_bytes(window, rung.rows).total, device_bytes(size, device) + waiting(rung.rows)
+
+    def can(rung: Rung) -> bool:
+        taps, n_embd = row_shape(spec, rung.rows)
+        if n_embd % rung.dtype.block_size or (rung.rows == FUSED and not spec.can_fuse):
+            return False
+        support = device.supports(rung.dtype, taps=taps, n_embd=n_embd)
+        return support.capture and support.read
+
+    draft, mirror = both(window, asked)
     needed, free = draft + mirror, device.memory_free
     if needed <= free:
         return
-    cap, fits = mirror_cap(spec, window), largest(window - 1, lambda w: sum(both(w)) <= free)
-    dtypes = fitting_dtypes(taps, n_embd, cap, free - draft - waiting, device)
+    cap, fits = mirror_cap(spec, window), largest(window - 1, lambda w: sum(both(w, asked)) <= free)
+    dtypes = fitting_dtypes(*row_shape(spec, rows), cap, free - draft - waiting(rows), device)
+    ladder = descending(filter(can, candidates()), lambda rung: sum(both(window, rung)))
+    below = next_rung(ladder, needed, free)
     advice = [f"draft_window {fits} fits" if fits else f"no draft_window fits as {dtype}"]
     if dtypes:
         advice.append(f"this one fits as {', '.join(dtypes)}")
+    if below is not None:
+        advice.append(offer(below, ladder[below], "for both"))
     advice += room_elsewhere(device.index, needed)
-    raise MirrorMemoryError(
+    error = MirrorMemoryError(
         f"a draft with window {window} ({draft} bytes) and its mirror of {cap} rows of {dtype} ({mirror} bytes) need {needed} bytes on "
         f"{device.name}, which has {free} free (needed {format_bytes(needed)}, free {format_bytes(free)}); {'; '.join(advice)}",
         bytes_needed=needed,
@@ -81,6 +96,8 @@ def require_room(
         fitting_dtypes=dtypes,
         max_window=fits,
     )
+    error.next_rung = (below.rows, below.dtype.value) if below else None
+    raise error
 
 
 def room_elsewhere(index: int, needed: int) -> list[str]:

@@ -36,7 +36,10 @@ class MirrorMemoryError(GgmlMirrorError, MemoryError):
         max_cap: largest ``cap`` that fits at the requested dtype (0: none).
         fitting_dtypes: dtypes in which the requested ``cap`` fits, most precise first.
         max_window: of a draft, the largest window that fits (0: none).
+        next_rung: where a draft is known, (feature_rows, feature_dtype) of the most precise smaller storage that fits, or None.
     """
+
+    next_rung: tuple[str, str] | None = None
 
     def __init__(
         self,

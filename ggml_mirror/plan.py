@@ -13,6 +13,7 @@ from .byte_size import format_bytes, parse_bytes
 from .device import Device, devices, find_device
 from .dtype import FeatureDtype
 from .errors import ArgumentError, ShapeError
+from .ladder import SOURCE, TAU, Rung, candidates, choose, default_margin, descending, to_json
 from .mirror import MAX_CAP, MirrorSize, mirror_size
 from .row_kind import FUSED, RAW, parse_rows
 
@@ -21,6 +22,7 @@ __all__ = [
     "DevicePlan",
     "DtypeFit",
     "DtypePlan",
+    "Ladder",
     "Plan",
     "device_bytes",
     "fitting_dtypes",
@@ -31,6 +33,9 @@ __all__ = [
     "plan",
     "usable_dtypes",
 ]
+
+
+_MICRO_BATCH = 512  # llama.cpp's n_ubatch unless told otherwise
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,22 @@ class DtypePlan:
 
 
 @dataclass(frozen=True)
+class Ladder:
+    """What "auto" would choose from for such a mirror, and what it would choose.
+
+    Attributes:
+        device: whose memory it was held against; "" for a budget.
+        sizes: bytes of mirror and waiting raw rows, most precise first.
+        reason: why that rung, or none, in a sentence with the numbers.
+    """
+
+    device: str
+    sizes: dict[Rung, int]
+    chosen: Rung | None
+    reason: str
+
+
+@dataclass(frozen=True)
 class Plan:
     """What :func:`plan` found."""
 
@@ -94,6 +115,7 @@ class Plan:
     devices: tuple[DevicePlan, ...]
     rows: str = RAW
     notes: tuple[str, ...] = field(default=())
+    ladder: Ladder | None = None
 
     @property
     def width(self) -> int:
@@ -133,6 +155,14 @@ class Plan:
                 }
                 for d in self.devices
             ],
+            "ladder": self.ladder
+            and {
+                "device": self.ladder.device or None,
+                "reason": self.ladder.reason,
+                "tau": TAU,
+                "source": SOURCE,
+                "rungs": [to_json(r, size, chosen=r == self.ladder.chosen) for r, size in self.ladder.sizes.items()],
+            },
             "notes": list(self.notes),
         }
 
@@ -147,6 +177,7 @@ def plan(
     device: str | None = None,
     budget: int | str | None = None,
     rows: str = RAW,
+    draft_n_embd: int | None = None,
 ) -> Plan:
     """The bytes of a mirror of ``cap`` rows in each dtype, and where it fits.
 
@@ -160,6 +191,7 @@ def plan(
         device: ggml device name or "auto"; default: every device.
         budget: bytes, or text such as "8GiB": find the largest ``cap`` per dtype whose ring fits in it.
         rows: "raw", or "fused": one tap, as wide as the draft.
+        draft_n_embd: width of the draft, for the fused rungs of the ladder. Default: that of a tap, if there are several.
 
     Raises:
         ArgumentError: numbers out of range, or a row that is not determined or contradicts itself.
@@ -180,7 +212,37 @@ def plan(
         entries.append(DtypePlan(dtype, size.row, size.ring, max_cap))
     where = devices() if device is None else [find_device(device)]
     on = tuple(_on_device(d, taps, n_embd, cap, chosen) for d in where)
-    return Plan(taps, n_embd, cap, limit, tuple(entries), on, rows=rows, notes=notes)
+    ladder = _ladder(rows, taps, n_embd, draft_n_embd or (n_embd if taps > 1 else None), cap, limit, device)
+    return Plan(taps, n_embd, cap, limit, tuple(entries), on, rows=rows, notes=notes, ladder=ladder)
+
+
+def _ladder(
+    rows: str, taps: int, n_embd: int, draft_n_embd: int | None, cap: int, budget: int | None, device: str | None
+) -> Ladder:
+    """Of a mirror alone: what a target and a draft take beside it, ``DFlashLlama`` weighs."""
+    place = find_device(device or "auto")
+    shapes = {FUSED: (1, n_embd)} if rows == FUSED else {RAW: (taps, n_embd)}
+    if rows == RAW and draft_n_embd:
+        shapes[FUSED] = (1, draft_n_embd)
+
+    def can(rung: Rung) -> bool:
+        n_taps, width = shapes[rung.rows]
+        support = None if width % rung.dtype.block_size else place.supports(rung.dtype, taps=n_taps, n_embd=width)
+        return support is not None and support.capture and support.read
+
+    def size(rung: Rung) -> int:
+        mirror = mirror_size(*shapes[rung.rows], cap, rung.dtype, place.index)
+        # Raw rows that wait to be fused: of a micro-batch, where the raw row is known.
+        waiting = rung.rows == FUSED and rows == RAW
+        staging = mirror_size(taps, n_embd, _MICRO_BATCH, FeatureDtype.F32, place.index) if waiting else None
+        return device_bytes(mirror, place) + (device_bytes(staging, place) if staging else 0)
+
+    sizes = descending((r for r in candidates() if r.rows in shapes and can(r)), size)
+    if budget is None:
+        chosen, reason = choose(sizes, free=place.memory_free, margin=default_margin(place), device=place.name)
+        return Ladder(place.name, sizes, chosen, reason)
+    chosen, reason = choose(sizes, free=budget, margin=0, device="the budget")
+    return Ladder("", sizes, chosen, reason)
 
 
 def usable_dtypes(

@@ -15,8 +15,11 @@ from .byte_size import format_bytes
 from .row_kind import RAW
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from .doctor import Diagnosis
     from .fidelity import Snr
+    from .ladder import Rung
     from .plan import Plan
     from .probe_report import ProbeReport
 
@@ -54,7 +57,32 @@ def print_plan(plan: Plan, console: Console, *, source: str = "") -> None:
                 cells.append(f"[red]no[/], {fit.max_cap:,}\nrows do")
         table.add_row(*cells)
     console.print(table)
+    if plan.ladder is not None:
+        from .ladder import SOURCE, TAU
+
+        where = plan.ladder.device or f"a budget of {format_bytes(plan.budget or 0)}"
+        print_ladder(plan.ladder.sizes, plan.ladder.chosen, console, title=f"Ladder of auto, on {where}")
+        console.print(f"auto: {escape(plan.ladder.reason)}", soft_wrap=True)
+        console.print(f"[dim]Change of tau against raw f32 ({TAU}): {SOURCE}.[/]", soft_wrap=True)
     _print_notes(plan.notes, console)
+
+
+def print_ladder(
+    sizes: Mapping[Rung, int], chosen: Rung | None, console: Console, *, title: str = "Ladder of auto"
+) -> None:
+    """Rungs with their bytes and what they cost; the chosen one marked."""
+    from .ladder import REFERENCE
+
+    table = _table(title)
+    table.add_column("rows")
+    table.add_column("dtype")
+    _columns(table, None, "bytes", "size", "change of tau")
+    table.add_column("")
+    for rung, size in sizes.items():
+        mark = "[green]chosen[/]" if rung == chosen else ""
+        cost = "not measured" if rung.cost is None else str(rung.cost) if rung != REFERENCE else "reference"
+        table.add_row(rung.rows, rung.dtype.value, f"{size:,}", format_bytes(size), escape(cost), mark)
+    console.print(table)
 
 
 def print_doctor(diagnosis: Diagnosis, console: Console) -> None:

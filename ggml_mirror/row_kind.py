@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .dtype import AUTO
 from .errors import ArgumentError
 
 #: The tapped outputs of a position, concatenated: ``n_taps * n_embd`` values.
@@ -14,5 +15,15 @@ FUSED = "fused"
 def parse_rows(rows: str) -> str:
     """Raise ArgumentError unless it is a kind of rows."""
     if rows not in (RAW, FUSED):
-        raise ArgumentError(f"rows are {RAW} or {FUSED}, not {rows!r}")
+        where = f"; {AUTO} needs a target and a draft to weigh" if rows == AUTO else ""
+        raise ArgumentError(f"rows are {RAW} or {FUSED}, not {rows!r}{where}")
+    return rows
+
+
+def parse_rows_choice(rows: str) -> str | None:
+    """As :func:`parse_rows`, for places that can choose themselves: None for "auto"."""
+    if isinstance(rows, str) and rows.strip().lower() == AUTO:
+        return None
+    if rows not in (RAW, FUSED):
+        raise ArgumentError(f"rows are {RAW}, {FUSED} or {AUTO}, not {rows!r}")
     return rows

@@ -22,6 +22,7 @@ class RowSource:
     cap: int
     source: str = ""
     rows: str = RAW
+    draft_n_embd: int | None = None
 
 
 def row_source(
@@ -83,4 +84,4 @@ def _of_draft(info: ModelInfo, target: ModelInfo | None, taps: int | None, cap: 
     if target is not None and target.n_embd != n_embd:
         raise ArgumentError(f"{info.path}: reads taps of {n_embd} values, those of {target.path} have {target.n_embd}")
     context = (target or info).n_ctx_train
-    return RowSource(None, n_taps, n_embd, context if cap is None else cap, info.name)
+    return RowSource(None, n_taps, n_embd, context if cap is None else cap, info.name, draft_n_embd=info.n_embd)

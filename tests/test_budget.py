@@ -16,17 +16,16 @@ import numpy as np
 import pytest
 from cli_run import Run
 from dflash.pair import TARGETS, Pair, take, tokens_of
-from hypothesis import given
-from hypothesis import strategies as st
 from llama_cpp import Llama, _logger
 from tiny_models import TARGET_ARCHS
 
-from ggml_mirror.budget import LADDER, Budget, choose_dtype, default_margin, make_budget
+from ggml_mirror.budget import Budget, make_budget
 from ggml_mirror.budget_report import print_budget
 from ggml_mirror.device import find_device
 from ggml_mirror.dflash import DFlashLlama
 from ggml_mirror.dtype import DTYPE_VARIABLE, FeatureDtype
 from ggml_mirror.errors import ArgumentError, BudgetError, DtypeError, ModelFileError
+from ggml_mirror.ladder import default_margin
 from ggml_mirror.memory_parts import Part
 from ggml_mirror.report import make_console
 from ggml_mirror.target_memory import breakdown, measure
@@ -203,21 +202,6 @@ print(json.dumps([resident() - before, budget.to_json()]))
 
 
 # ------------------------------------------------------------------------------------------------------ auto
-
-
-@given(
-    sizes=st.lists(st.integers(0, 2**40), min_size=1, max_size=3),
-    free=st.integers(0, 2**40),
-    margin=st.integers(0, 2**36),
-)
-def test_auto_takes_the_first_that_leaves_the_margin(sizes: list[int], free: int, margin: int) -> None:
-    needed = dict(zip(LADDER, sorted(sizes, reverse=True), strict=False))
-    dtype, reason = choose_dtype(needed, free=free, margin=margin, device="CUDA7")
-    good = [d for d, size in needed.items() if free - size >= margin]
-    assert dtype is (good[0] if good else None)
-    assert "CUDA7" in reason and all(
-        f"{d} would" in reason for d in needed if dtype is None or needed[d] > needed[dtype]
-    )
 
 
 def limited(free: int, code: str, *arguments: str) -> Any:

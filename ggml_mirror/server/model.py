@@ -208,7 +208,7 @@ class ServedDFlashLlama(Served, DFlashLlama):
         }
         budget = require_room(model_path, self.cache_ram, memory_margin=settings.memory_margin, **options)
         if budget is not None:
-            options["feature_dtype"] = budget.dtype  # what "auto" came to
+            options |= {"feature_dtype": budget.dtype, "feature_rows": budget.rows}  # what "auto" came to
         return options
 
 

@@ -21,7 +21,7 @@ from ..draft import DraftSpec
 from ..dtype import AUTO, FeatureDtype
 from ..errors import ArgumentError
 from ..model_info import ModelInfo
-from ..row_kind import RAW, parse_rows
+from ..row_kind import RAW, parse_rows_choice
 
 CONFIG_VARIABLE = "CONFIG_FILE"  # llama_cpp.server's
 KEY_VARIABLE = "LLAMA_API_KEY"  # llama-server's
@@ -46,10 +46,10 @@ class ServedModelSettings(ModelSettings):
     )
     draft_window: Optional[int] = Field(default=None, ge=1, description="Context rows that the draft attends to.")  # noqa: UP045
     draft_device: str = Field(default="auto", description="Device of draft and mirror.")
-    feature_rows: str = Field(default=RAW, description="What the mirror holds: raw or fused rows.")
+    feature_rows: str = Field(default=RAW, description="What the mirror holds: raw or fused rows; or auto.")
     draft_kv: str = Field(default="f16", description="Type of the draft's keys and values: f16, q8_0, off.")
     memory_margin: Optional[str] = Field(  # noqa: UP045
-        default=None, description="For feature_dtype auto: bytes to leave free, as 512MiB. Default: 5 %, at most 1 GiB."
+        default=None, description="For auto: bytes to leave free, as 512MiB. Default: 5 %, at most 1 GiB."
     )
     n_draft: Optional[int] = Field(default=None, ge=1, description="Most tokens to draft per step.")  # noqa: UP045
     n_predict: Optional[int] = Field(  # noqa: UP045
@@ -86,7 +86,8 @@ class ServedModelSettings(ModelSettings):
             )
         dtype = FeatureDtype.resolve_choice(self.feature_dtype)
         self.feature_dtype = AUTO if dtype is None else dtype.value
-        parse_rows(self.feature_rows)
+        rows = parse_rows_choice(self.feature_rows)
+        self.feature_rows = AUTO if rows is None else rows
         if self.model_draft is None:
             if self.hf_model_repo_id is None:
                 self._complete_context(ModelInfo.read(self.model))
@@ -99,7 +100,9 @@ class ServedModelSettings(ModelSettings):
         if "flash_attn" not in given:
             self.flash_attn = True
         target = ModelInfo.read(self.model)
-        resolve_n_draft(self.n_draft, DraftSpec.read(self.model_draft, target))
+        spec = DraftSpec.read(self.model_draft, target)
+        spec.require_rows(rows)
+        resolve_n_draft(self.n_draft, spec)
         self._complete_context(target)
 
     def _complete_context(self, target: ModelInfo) -> None:
