@@ -178,7 +178,7 @@ BAD: dict[str, tuple[list[object], int, str]] = {
     "no margin": (["--feature-dtype", "auto", "--memory-margin", "4TiB"], 3, "no dtype leaves 4 TiB free on CPU"),
     "dtype": (["--feature-dtype", "q9"], 2, "unknown feature dtype 'q9'"),
     "margin": (["--memory-margin", "some"], 2, "'some' is not a size"),
-    "rows": (["--feature-rows", "cooked"], 2, "rows are raw or fused, not 'cooked'"),
+    "rows": (["--feature-rows", "cooked"], 2, "rows are raw, fused or auto, not 'cooked'"),
     "keys and values": (["--draft-kv", "f64"], 2, "f64"),
     "window": (["--draft-window", 0], 2, "draft_window is 0"),
     "n_draft": (["--draft-max", 8], 2, "n_draft is 8; this draft's block gives 1 to 7"),

@@ -89,7 +89,7 @@ def test_a_fuser_beside_a_mirror_of_raw_rows(dtype: str, pair: Pair) -> None:
 
 def test_what_does_not_fit_is_refused(pair: Pair) -> None:
     llm, raw = pair.dflash(feature_rows="fused"), pair.dflash()
-    with pytest.raises(ArgumentError, match="rows are raw or fused"):
+    with pytest.raises(ArgumentError, match="rows are raw, fused or auto"):
         pair.dflash(feature_rows="molten")
     with pytest.raises(ArgumentError, match="one tap"):
         FeatureMirror(taps=2, n_embd=N_EMBD, cap=8, rows="fused")
