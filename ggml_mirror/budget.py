@@ -178,7 +178,7 @@ def make_budget(
     fixed = (*target_parts(memory, n_outputs=max(outputs, n_draft + 1), lora_path=lora), *extra)
     waiting = {RAW: 0, FUSED: staging_cap(memory.n_ubatch, spec)}
     pairs = {
-        kind: PairCosts(spec, device, memory.n_vocab, kind, draft_kv, waiting[kind])
+        kind: PairCosts(spec, device, memory.n_vocab, kind, draft_kv, waiting[kind], memory.n_ctx)
         for kind in ((RAW, FUSED) if spec.can_fuse else (RAW,))
     }
     window = resolve_window(draft_window, memory.n_ctx)

@@ -198,6 +198,7 @@ class DFlashLlama(Llama):
             "output": hook.output,
             "device_index": device.index,
             "kv": draft_kv,
+            "n_ctx": self.n_ctx(),
         }
         n_ubatch = llama_cpp.llama_n_ubatch(self.ctx)
         staging = staging_cap(n_ubatch, spec) if rows == FUSED else 0

@@ -265,6 +265,7 @@ class Draft:
         n_threads: for host devices; 0 takes all cores.
         rows: what its mirror holds: "raw" or "fused" rows.
         kv: type of the window's keys and values, "f16" or "q8_0"; "off": they are made anew at each step.
+        n_ctx: positions that there will be, at most; 0: any number, for which more keys and values need room.
 
     Raises:
         MirrorMemoryError: it does not fit; names the bytes needed and free, and what would help.
@@ -283,6 +284,7 @@ class Draft:
         n_threads: int = 0,
         rows: str = RAW,
         kv: str = "f16",
+        n_ctx: int = 0,
     ) -> None:
         self.spec, self.n_vocab, self.window, self.rows, self.kv = spec, n_vocab, window, parse_rows(rows), kv
         self.device = devices()[device_index]
@@ -297,6 +299,7 @@ class Draft:
             n_threads=n_threads,
             rows=rows,
             kv=kv,
+            n_ctx=n_ctx,
         )
         out = ffi.new("gm_draft **")
         try:
@@ -375,6 +378,7 @@ def draft_params(
     n_threads: int = 0,
     rows: str = RAW,
     kv: str = "f16",
+    n_ctx: int = 0,
 ) -> _Params:
     if kv not in DRAFT_KV:
         raise ArgumentError(f"draft_kv is {kv!r}; use one of {', '.join(DRAFT_KV)}")
@@ -399,7 +403,7 @@ def draft_params(
     p.n_taps, p.n_vocab = len(spec.taps), _int32(n_vocab, "n_vocab")
     p.gelu, p.causal = spec.gelu, spec.causal
     p.swa_layers = sum(1 << il for il in spec.swa_layers)
-    p.window = window
+    p.window, p.n_ctx = window, n_ctx
     p.tok_embd, p.output = (ffi.cast("struct ggml_tensor *", t) for t in (tok_embd, output))
     p.fused_rows = parse_rows(rows) == FUSED
     p.kv_type, p.keep_kv = lib.gm_type_from_name(DRAFT_KV[kv].encode()), kv != "off"
@@ -416,6 +420,7 @@ def draft_bytes(
     output: int = 0,
     rows: str = RAW,
     kv: str = "f16",
+    n_ctx: int = 0,
 ) -> DraftBytes:
     """The device bytes that a :class:`Draft` would allocate, without allocating.
 
@@ -431,6 +436,7 @@ def draft_bytes(
         output=output,
         rows=rows,
         kv=kv,
+        n_ctx=n_ctx,
     )
     return _size_of(params.struct)
 

@@ -103,6 +103,7 @@ class PairCosts:
     rows: str = RAW
     kv: str = "f16"
     staging: int = 0
+    n_ctx: int = 0
     _drafts: dict[int, DraftBytes] = field(default_factory=dict, repr=False)
 
     def parts(self, dtype: FeatureDtype | None, window: int) -> tuple[Part, ...]:
@@ -115,6 +116,7 @@ class PairCosts:
                 window=window,
                 rows=self.rows,
                 kv=self.kv,
+                n_ctx=self.n_ctx,
             )
         draft, here = self._drafts[window], self.device.name
         parts = [

@@ -2,7 +2,7 @@
 
     python scripts/synthetic_pair.py --out /tmp/pair          # a random pair of 27B shape
     python scripts/bench_context.py time   -m /tmp/pair/target.gguf -md /tmp/pair/draft.gguf --llama-server PATH --json time.json
-    python scripts/bench_context.py memory -m /tmp/pair/target.gguf -md /tmp/pair/draft.gguf -c 262144 --json memory.json
+    python scripts/bench_context.py memory -m /tmp/pair/target.gguf -md /tmp/pair/draft.gguf --json memory.json
 
 `time` fills a mirror with random rows and takes draft steps at each context, between which --commit rows arrive, as after a
 verification. A step is the whole of it: rows fused or read, keys and values made, the block. "attention" is the draft's flash attention
@@ -76,7 +76,7 @@ class Pair:
         self.hook = Hook.of(self.llm)
         self.device = self.hook.output_device()
 
-    def draft(self, window: int, rows: str, kv: str) -> Draft:
+    def draft(self, window: int, rows: str, kv: str, n_ctx: int = 0) -> Draft:
         return Draft(
             self.spec,
             n_vocab=self.llm.n_vocab(),
@@ -87,6 +87,7 @@ class Pair:
             n_threads=self.threads,
             rows=rows,
             kv=kv,
+            n_ctx=n_ctx,
         )
 
     def mirror(self, rows: str, dtype: str, cap: int) -> FeatureMirror:
@@ -217,8 +218,8 @@ def attention_ms(pair: Pair, n_kv: int, kv: str, repeats: int = 20) -> float:
     with ggml.context() as ctx:
         nodes = []
         for _ in range(spec.n_layer):
-            q = ggml.tensor(ctx, "f32", spec.head_dim, spec.block_size, spec.n_head)
-            k, v = (ggml.tensor(ctx, DRAFT_KV[kv], spec.head_dim, n_kv, spec.n_head_kv) for _ in range(2))
+            q = ggml.heads(ctx, "f32", spec.head_dim, spec.n_head, spec.block_size)
+            k, v = (ggml.heads(ctx, DRAFT_KV[kv], spec.head_dim, spec.n_head_kv, n_kv) for _ in range(2))
             mask = ggml.tensor(ctx, "f16", n_kv, spec.block_size)
             nodes.append(ggml.flash_attention(ctx, q, k, v, mask, spec.head_dim**-0.5))
         with ggml.backend(pair.device, pair.threads) as backend, ggml.allocated(ctx, backend):
@@ -243,6 +244,8 @@ class _Ggml:
             ("ggml_free", None, [pointer]),
             ("ggml_new_tensor_3d", pointer, [pointer, ctypes.c_int, number, number, number]),
             ("ggml_flash_attn_ext", pointer, [pointer] * 5 + [real] * 3),
+            ("ggml_view_3d", pointer, [pointer] * 2 + [number] * 3 + [ctypes.c_size_t] * 3),
+            ("ggml_prec_set_acc", None, [pointer, ctypes.c_int]),
             ("ggml_new_graph", pointer, [pointer]),
             ("ggml_build_forward_expand", None, [pointer, pointer]),
             ("ggml_backend_dev_init", pointer, [pointer, ctypes.c_char_p]),
@@ -267,8 +270,16 @@ class _Ggml:
     def tensor(self, ctx: Any, dtype: str, ne0: int, ne1: int, ne2: int = 1) -> Any:
         return self._lib.ggml_new_tensor_3d(ctx, FeatureDtype.parse(dtype).ggml_type, ne0, ne1, ne2)
 
+    def heads(self, ctx: Any, dtype: str, head_dim: int, n_head: int, n: int) -> Any:
+        """``[head_dim, n, n_head]`` as it lies in a draft: the heads of a token side by side."""
+        whole = self.tensor(ctx, dtype, head_dim * n_head, n)
+        strides = row_bytes(dtype, head_dim * n_head), row_bytes(dtype, head_dim)
+        return self._lib.ggml_view_3d(ctx, whole, head_dim, n, n_head, *strides, 0)
+
     def flash_attention(self, ctx: Any, q: Any, k: Any, v: Any, mask: Any, scale: float) -> Any:
-        return self._lib.ggml_flash_attn_ext(ctx, q, k, v, mask, scale, 0.0, 0.0)
+        node = self._lib.ggml_flash_attn_ext(ctx, q, k, v, mask, scale, 0.0, 0.0)
+        self._lib.ggml_prec_set_acc(node, _PREC_F32)
+        return node
 
     def graph(self, ctx: Any, nodes: Sequence[Any]) -> Any:
         graph = self._lib.ggml_new_graph(ctx)
@@ -298,6 +309,9 @@ class _Ggml:
     def compute(self, backend: Any, graph: Any) -> None:
         if self._lib.ggml_backend_graph_compute(backend, graph):
             raise ArgumentError("ggml did not compute the attention graph")
+
+
+_PREC_F32 = 10  # GGML_PREC_F32
 
 
 class _InitParams(ctypes.Structure):
@@ -572,6 +586,7 @@ def _plot_time(
 class Taken:
     """Device memory that one thing took; bytes. ``formula``: rows, or keys and values, by their size alone."""
 
+    n_ctx: int
     what: str
     detail: str
     formula: int
@@ -609,7 +624,7 @@ class LlamaDraft:
         llama_cpp.llama_model_free(self._model)
 
 
-def measure_memory(pair: Pair, draft: Path, n_ctx: int, windows: Sequence[int], n_gpu_layers: int) -> list[Taken]:
+def measure_memory(pair: Pair, theirs: LlamaDraft, n_ctx: int, windows: Sequence[int]) -> list[Taken]:
     taken, spec = [], pair.spec
     for stored in ("f32", "q8_0", "fused:q8_0", "fused:q4_0"):
         rows, dtype = split_storage(stored)
@@ -627,27 +642,25 @@ def measure_memory(pair: Pair, draft: Path, n_ctx: int, windows: Sequence[int], 
             _read_back(mirror, small)  # scratch is taken when rows are read
             measured = before - pair.free()
         small.close()
-        taken.append(Taken(f"mirror, {stored}", f"{cap:,} rows, staging", cap * row_bytes(dtype, width), measured))
+        taken.append(
+            Taken(n_ctx, f"mirror, {stored}", f"{cap:,} rows, staging", cap * row_bytes(dtype, width), measured)
+        )
 
-    for window in windows:
+    for window in dict.fromkeys(min(window or n_ctx, n_ctx) for window in windows):
         for kv in ("f16", "q8_0"):
             before = pair.free()
-            ours = pair.draft(window, FUSED, kv)
+            ours = pair.draft(window, FUSED, kv, n_ctx)
             measured = before - pair.free() - ours.bytes.weights
             ours.close()
             values = window * row_bytes(kv, pair.kv_values)
-            taken.append(Taken(f"draft K and V, {kv}", f"window {window:,}, scratch", values, measured))
+            taken.append(Taken(n_ctx, f"draft K and V, {kv}", f"window {window:,}, scratch", values, measured))
 
-    theirs = LlamaDraft(draft, pair.llm, n_gpu_layers)
-    try:
-        for kv in ("f16", "q8_0"):
-            before = pair.free()
-            with theirs.context(n_ctx, kv, spec.block_size):
-                measured = before - pair.free()
-            values = n_ctx * row_bytes(kv, pair.kv_values)
-            taken.append(Taken(f"llama.cpp draft context, {kv}", f"n_ctx {n_ctx:,}, scratch", values, measured))
-    finally:
-        theirs.close()
+    for kv in ("f16", "q8_0"):
+        before = pair.free()
+        with theirs.context(n_ctx, kv, spec.block_size):
+            measured = before - pair.free()
+        values = n_ctx * row_bytes(kv, pair.kv_values)
+        taken.append(Taken(n_ctx, f"llama.cpp draft context, {kv}", f"n_ctx {n_ctx:,}, scratch", values, measured))
     return taken
 
 
@@ -660,8 +673,8 @@ def _read_back(mirror: FeatureMirror, draft: Draft) -> None:
 def memory_command(
     model: ModelOption,
     draft: DraftOption,
-    n_ctx: Annotated[int, typer.Option("-c", "--ctx-size", help="Positions.", min=1024)] = 262144,
-    windows: Annotated[str, typer.Option("--draft-windows", help="Rows that our draft attends to.")] = "4096,262144",
+    contexts: Annotated[str, typer.Option("-c", "--contexts", help="Positions.")] = "2048,8192,32768,262144",
+    windows: Annotated[str, typer.Option("--draft-windows", help="Rows that our draft attends to; 0: all.")] = "4096,0",
     n_gpu_layers: LayersOption = -1,
     threads: ThreadsOption = 0,
     json_file: JsonOption = None,
@@ -672,22 +685,27 @@ def memory_command(
     _check(json_file, plot_file)
     with opened(model, draft, n_gpu_layers, threads) as pair:
         device, where = pair.device.name, describe(threads)
-        taken = measure_memory(pair, draft, n_ctx, _numbers(windows, "--draft-windows"), n_gpu_layers)
+        wanted, attended = _numbers(contexts, "--contexts", least=256), _numbers(windows, "--draft-windows", least=0)
+        theirs = LlamaDraft(draft, pair.llm, n_gpu_layers)
+        try:
+            taken = [t for n_ctx in wanted for t in measure_memory(pair, theirs, n_ctx, attended)]
+        finally:
+            theirs.close()
     console = Console(width=None if Console().is_terminal else 200)
-    console.print(f"{draft.name}; {device}; {where}; {n_ctx:,} positions; free memory of the device before and after")
+    console.print(f"{draft.name}; {device}; {where}; free memory of the device before and after")
     table = Table(box=box.MARKDOWN if markdown else box.SIMPLE_HEAD)
-    for name in ("", "of", "by size alone", "measured, bytes", "measured", "x mirror f32"):
+    for name in ("positions", "", "of", "by size alone", "measured, bytes", "measured", "x mirror f32"):
         table.add_column(name, justify="left" if name in ("", "of") else "right", no_wrap=True)
-    most = max(taken[0].measured, 1)
     for t in taken:
-        ratio = f"{t.measured / most:.3f}"
-        table.add_row(t.what, t.detail, format_bytes(t.formula), f"{t.measured:,}", format_bytes(t.measured), ratio)
+        most = max(next(u.measured for u in taken if u.n_ctx == t.n_ctx), 1)
+        sizes = format_bytes(t.formula), f"{t.measured:,}", format_bytes(t.measured)
+        table.add_row(f"{t.n_ctx:,}", t.what, t.detail, *sizes, f"{t.measured / most:.3f}")
     console.print(table)
     limits = {"mirror, fused:q4_0": 0.85 * GIB, "mirror, fused:q8_0": 1.5 * GIB}
     verdicts = [
         (f"{t.what}: {t.measured / GIB:.3f} GiB of at most {limits[t.what] / GIB:.2f}", t.measured <= limits[t.what])
         for t in taken
-        if t.what in limits
+        if t.n_ctx == max(wanted) and t.what in limits
     ]
     for verdict, good in verdicts:
         console.print(f"{'[green]PASS' if good else '[red]FAIL'}[/] {verdict}")
@@ -696,7 +714,6 @@ def memory_command(
             "machine": where,
             "device": device,
             "versions": {"ggml_mirror": __version__, "llama_cpp": llama_cpp.__version__},
-            "n_ctx": n_ctx,
             "taken": [asdict(t) for t in taken],
             "goals": [{"goal": verdict, "met": good} for verdict, good in verdicts],
         }
@@ -704,10 +721,11 @@ def memory_command(
     if plot_file:
 
         def draw(axes: Any) -> None:
-            labels = [f"{t.what} ({t.detail.split(',')[0]})" if "K and V" in t.what else t.what for t in taken]
-            bars = axes.barh(labels[::-1], [t.measured / GIB for t in taken][::-1], color="#2563a8")
+            last = [t for t in taken if t.n_ctx == max(wanted)][::-1]
+            labels = [f"{t.what} ({t.detail.rsplit(', ', 1)[0]})" if "K and V" in t.what else t.what for t in last]
+            bars = axes.barh(labels, [t.measured / GIB for t in last], color="#2563a8")
             axes.bar_label(bars, fmt="%.2f", fontsize=8)
-            axes.set_xlabel("device memory, GiB")
+            axes.set_xlabel(f"device memory at {max(wanted):,} positions, GiB")
 
         _figure(plot_file, draw, legend=False)
 

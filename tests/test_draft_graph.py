@@ -39,7 +39,7 @@ class Bench:
         self.hook: Hook = Hook.of(self.llm)
         self.open = ExitStack()
 
-    def draft(self, path: Path, window: int = 400, rows: str = "raw", kv: str = "f16") -> Draft:
+    def draft(self, path: Path, window: int = 400, rows: str = "raw", kv: str = "f16", n_ctx: int = 0) -> Draft:
         draft = Draft(
             DraftSpec.read(path, self.info),
             n_vocab=self.llm.n_vocab(),
@@ -50,6 +50,7 @@ class Bench:
             n_threads=1,
             rows=rows,
             kv=kv,
+            n_ctx=n_ctx,
         )
         self.open.callback(draft.close)
         return draft
@@ -435,6 +436,21 @@ def test_a_steps_work_does_not_grow_with_its_context(kind: str, bench: Bench, tm
         assert times.rows_projected == 5 * new
         assert times.rows_checked <= 5 * (new + 2 * 16)  # and the neighbours of either end
         assert times.mask_cells <= 5 * masks * 2 * (new + BLOCK) * BLOCK
+
+
+@pytest.mark.parametrize("window", [100, 700])
+def test_a_context_that_ends_needs_room_for_no_more(window: int, bench: Bench, plain: Path) -> None:
+    """To its last position it drafts as one without an end does, in fewer bytes where the window reaches back to the beginning."""
+    endless, draft, mirror = bench.draft(plain, window), bench.draft(plain, window, n_ctx=700), bench.mirror(cap=720)
+    assert draft.bytes.kv <= endless.bytes.kv * (1 if window == 100 else 0.75)
+    rows = rows_of(692)
+    for n_past in (3, 250, 500, 692):
+        mirror.write_rows(start=len(mirror), rows=rows[len(mirror) : n_past])
+        np.testing.assert_array_equal(step(draft, mirror, n_past)[0], step(endless, mirror, n_past)[0])
+    with pytest.raises(ArgumentError, match="a block of 8 at position 693 ends beyond the context of 700"):
+        draft.step(mirror, n_past=693, last_token=LAST, n_tokens=7)
+    said = draft_bytes(draft.spec, n_vocab=N_VOCAB, device_index=draft.device.index, window=window, n_ctx=700)
+    assert said == draft.bytes
 
 
 def test_keys_that_are_not_kept_are_made_at_each_step(bench: Bench, plain: Path) -> None:

@@ -64,10 +64,12 @@ def test_time_over_contexts(models: tuple[Path, Path], tmp_path: Path) -> None:
 
 def test_memory_of_each_thing(models: tuple[Path, Path], tmp_path: Path) -> None:
     """On a CPU only what does not depend on other processes: each row's own bytes."""
-    flags = ["-m", str(models[0]), "-md", str(models[1]), "-t", "1", "-c", "2048", "--draft-windows", "512"]
+    flags = ["-m", str(models[0]), "-md", str(models[1]), "-t", "1", "-c", "512,2048", "--draft-windows", "512"]
     done = CliRunner().invoke(app, ["memory", *flags, "--json", str(tmp_path / "m.json")])
     assert done.exit_code == 0, (done.output, done.exception)
-    formula = {t["what"]: t["formula"] for t in json.loads((tmp_path / "m.json").read_text())["taken"]}
+    taken = json.loads((tmp_path / "m.json").read_text())["taken"]
+    assert [t["n_ctx"] for t in taken].count(512) == [t["n_ctx"] for t in taken].count(2048) == len(taken) // 2
+    formula = {t["what"]: t["formula"] for t in taken if t["n_ctx"] == 2048}
     rows, per_row = 2048 + 8, {"f32": 4 * 192, "q8_0": 34 * 6, "fused:q8_0": 34 * 2, "fused:q4_0": 18 * 2}
     for stored, size in per_row.items():
         assert formula[f"mirror, {stored}"] == rows * size
@@ -77,7 +79,7 @@ def test_memory_of_each_thing(models: tuple[Path, Path], tmp_path: Path) -> None
 
 def test_what_llama_server_says_of_its_draft() -> None:
     line = (
-        "0.00.586.342 I spec  print_stats: statistics     draft-dflash: #calls(b,g,a) =    2     11     11, "
+        "0.00.348.850 I spec common_specu: statistics     draft-dflash: #calls(b,g,a) =    2     11     11, "
         "#gen drafts =     11, #acc drafts =     0, #gen tokens =     77, #acc tokens =     0, "
         "#mean acc len = 1.00, #acc rate/pos = (), dur(b,g,a) = 0.001, 28.402, 0.003 ms\n"
     )

@@ -311,6 +311,7 @@ typedef struct gm_draft_params {
     int32_t  n_swa;            // sliding window of the layers in swa_layers; 0: none
     uint64_t swa_layers;       // bit mask
     int64_t  window;           // context rows that the draft attends to, at most
+    int64_t  n_ctx;            // positions that there can be; 0: any number, for which more keys and values need room
     bool     fused_rows;       // its mirror holds fused rows: 1 tap, n_embd wide
     int32_t  kv_type;          // ggml_type of the window's keys and values
     bool     keep_kv;          // from step to step; false: all rows of the window are projected at each

@@ -34,6 +34,7 @@ const gm_draft_params & checked(const gm_draft_params & p) {
     within(p.n_vocab, 1, 1 << 26, "n_vocab");
     within(p.mask_token, 0, p.n_vocab - 1, "mask_token");
     within(p.window, 1, int64_t(1) << 30, "window");
+    within(p.n_ctx, 0, int64_t(1) << 31, "n_ctx");
     const auto number = [](float value, float low, const char * name) {
         if (!std::isfinite(value) || value < low) throw error(GM_ERR_ARGUMENT, "draft: %s is %g; a number from %g is possible", name, double(value), double(low));
     };
@@ -55,11 +56,13 @@ int64_t round_up(int64_t n) { return round_down(n + kKvStep - 1); }
 
 // Keys and values lie in the order of their positions: attention sums them as in a cache that never wrapped. The window, the block
 // and what lies before the window in its first kKvStep slots have room; the rest is slack. When it is used up, the window's rows move
-// to the front, more than an eighth of the window further: at most 9 rows are copied for each that was filled.
-int64_t slots_for(const gm_draft_params & p) { return round_up(p.window + p.block_size + kKvStep - 1 + p.window / 8); }
+// to the front, more than an eighth of the window further: at most 9 rows are copied for each that was filled. A context that is
+// shorter than that has all its positions in one place.
+int64_t within_context(const gm_draft_params & p, int64_t slots) { return p.n_ctx ? std::min(slots, round_up(p.n_ctx)) : slots; }
+int64_t slots_for(const gm_draft_params & p) { return within_context(p, round_up(p.window + p.block_size + kKvStep - 1 + p.window / 8)); }
 
 // What attention reads at most: the window, the block, and what lies before the window in its first kKvStep slots.
-int64_t most_span(const gm_draft_params & p) { return round_up(p.window + p.block_size + kKvStep - 1); }
+int64_t most_span(const gm_draft_params & p) { return within_context(p, round_up(p.window + p.block_size + kKvStep - 1)); }
 
 bool on_host(const ggml_tensor * t) {
     return ggml_backend_buffer_is_host(gm::buffer_of(t));
@@ -408,6 +411,9 @@ int64_t gm_draft::step(gm_mirror & mirror, int64_t n_past, int32_t last_token, i
     }
     if (last_token < 0 || last_token >= params_.n_vocab) throw error(GM_ERR_ARGUMENT, "token %d is not in a vocabulary of %d", last_token, params_.n_vocab);
     if (n_past < 0 || n_past > INT32_MAX - n) throw error(GM_ERR_ARGUMENT, "position %lld is out of range", (long long) n_past);
+    if (params_.n_ctx && n_past + n > params_.n_ctx) {
+        throw error(GM_ERR_ARGUMENT, "a block of %lld at position %lld ends beyond the context of %lld", (long long) n, (long long) n_past, (long long) params_.n_ctx);
+    }
     require_rows(mirror, params_.fused_rows);
     last_logits_ = nullptr;
     if (source_ != mirror.id() || !params_.keep_kv) {
