@@ -41,7 +41,8 @@ def print_budget(budget: Budget, console: Console) -> None:
     console.print(table)
     if budget.reason:
         console.print(f"feature dtype auto: {escape(budget.reason)}")
-        print_ladder(budget.ladder, Rung(budget.rows, budget.dtype) if budget.dtype else None, console)
+        chosen = Rung(budget.rows, budget.dtype) if budget.dtype else None
+        print_ladder(budget.ladder, chosen, console, title="Ladder of auto: draft and mirror")
     _print_notes(budget.notes, console)
 
 

@@ -67,9 +67,7 @@ def print_plan(plan: Plan, console: Console, *, source: str = "") -> None:
     _print_notes(plan.notes, console)
 
 
-def print_ladder(
-    sizes: Mapping[Rung, int], chosen: Rung | None, console: Console, *, title: str = "Ladder of auto"
-) -> None:
+def print_ladder(sizes: Mapping[Rung, int], chosen: Rung | None, console: Console, *, title: str) -> None:
     """Rungs with their bytes and what they cost; the chosen one marked."""
     from .ladder import REFERENCE
 

@@ -37,6 +37,7 @@ def test_defaults(fields: dict[str, Any]) -> None:
         "target.gguf",
     )
     assert (model.feature_rows, model.draft_kv, model.chat_format) == ("raw", "f16", "chatml")
+    assert read_settings({**fields, "feature_rows": " Auto "})[1][0].feature_rows == "auto"
     _, (plain,) = read_settings({"model": fields["model"]})
     assert not plain.flash_attn
     # llama.cpp's contexts are multiples of 256; 0 is the model's.
