@@ -592,6 +592,11 @@ class Taken:
     formula: int
     measured: int
 
+    @property
+    def sound(self) -> bool:
+        """Not less than what must have been taken, as where other processes have given memory back meanwhile."""
+        return self.measured >= self.formula
+
 
 class LlamaDraft:
     """llama.cpp's own context for a draft, with the parameters that llama-server gives it."""
@@ -697,13 +702,17 @@ def memory_command(
     for name in ("positions", "", "of", "by size alone", "measured, bytes", "measured", "x mirror f32"):
         table.add_column(name, justify="left" if name in ("", "of") else "right", no_wrap=True)
     for t in taken:
-        most = max(next(u.measured for u in taken if u.n_ctx == t.n_ctx), 1)
+        f32 = next(u for u in taken if u.n_ctx == t.n_ctx)
+        ratio = f"{t.measured / f32.measured:.3f}" if f32.sound and t.sound else ""
         sizes = format_bytes(t.formula), f"{t.measured:,}", format_bytes(t.measured)
-        table.add_row(f"{t.n_ctx:,}", t.what, t.detail, *sizes, f"{t.measured / most:.3f}")
+        table.add_row(f"{t.n_ctx:,}", t.what, t.detail, *sizes, ratio)
     console.print(table)
     limits = {"mirror, fused:q4_0": 0.85 * GIB, "mirror, fused:q8_0": 1.5 * GIB}
     verdicts = [
-        (f"{t.what}: {t.measured / GIB:.3f} GiB of at most {limits[t.what] / GIB:.2f}", t.measured <= limits[t.what])
+        (
+            f"{t.what}: {t.measured / GIB:.3f} GiB of at most {limits[t.what] / GIB:.2f}",
+            t.sound and t.measured <= limits[t.what],
+        )
         for t in taken
         if t.n_ctx == max(wanted) and t.what in limits
     ]
