@@ -357,7 +357,7 @@ class Hook:
 
     def _note(self, span: tuple[int, int], batch: Any) -> None:
         start, count = span
-        tokens = batch.batch.token[:count]
+        tokens = _tokens(batch, count)
         for sink in self.sinks:
             known = _ring(sink)._tokens
             if known is not None:
@@ -400,21 +400,24 @@ class _Piece:
 
 def _positions(batch: Any) -> tuple[int, int] | None:
     """(first position, count) of the captured sequence in a LlamaBatch; None if the batch is of other sequences only."""
-    # Slices of ctypes pointers are lists: at a block's size that is several times faster than an array made of one.
     raw = batch.batch
-    n = raw.n_tokens
-    if n == 0:
-        return None
-    ids, counts = raw.seq_id, raw.n_seq_id[:n]
-    sequences = {ids[i][j] for i in range(n) for j in range(counts[i])}
-    if SEQUENCE not in sequences:
-        return None
-    if sequences != {SEQUENCE}:
-        raise CaptureError(f"the batch mixes sequences {sorted(sequences)}; capture follows sequence {SEQUENCE} alone")
-    positions: list[int] = raw.pos[:n]
-    if positions != list(range(positions[0], positions[0] + n)):
-        raise CaptureError("the batch's positions are not consecutive; capture needs them so")
-    return positions[0], n
+    start = ffi.new("int64_t *")
+    arrays = [
+        ffi.cast(kind, _address(array)) for kind, array in zip(_BATCH, (raw.pos, raw.n_seq_id, raw.seq_id), strict=True)
+    ]
+    check(lib.gm_batch_span(raw.n_tokens, *arrays, SEQUENCE, start))
+    return None if start[0] < 0 else (int(start[0]), raw.n_tokens)
+
+
+_BATCH = tuple(map(ffi.typeof, ("int32_t *", "int32_t *", "int32_t **")))
+
+
+def _address(pointer: Any) -> int:
+    return ctypes.cast(pointer, ctypes.c_void_p).value or 0
+
+
+def _tokens(batch: Any, count: int) -> npt.NDArray[np.int32]:
+    return np.ctypeslib.as_array((ctypes.c_int32 * count).from_address(_address(batch.batch.token)))
 
 
 def _checked_taps(llm: Llama, taps: Sequence[int] | None) -> list[int]:

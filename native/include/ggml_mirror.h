@@ -266,6 +266,10 @@ GM_API gm_status gm_capture_kept(gm_capture * capture, int32_t * count);
 // and no other may have begun: an evaluation of several micro-batches is to be made one by one. Nothing happens if no evaluation is open.
 GM_API gm_status gm_capture_take(gm_capture * capture, int64_t rows);
 
+// Of a llama_batch's arrays, which positions of sequence `seq` it has: *start..*start+n-1. *start -1: none of its tokens is of that sequence.
+// GM_ERR_CAPTURE: it mixes sequences, or its positions do not follow each other.
+GM_API gm_status gm_batch_span(int32_t n, const int32_t * pos, const int32_t * n_seq_id, int32_t * const * seq_id, int32_t seq, int64_t * start);
+
 // Learn which block outputs the model's graph has: discover, evaluate any tokens, then ask per layer.
 // rows: of the last evaluation; 0 if the layer's output was not seen.
 GM_API gm_status gm_capture_discover(gm_capture * capture);

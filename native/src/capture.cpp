@@ -214,6 +214,28 @@ gm_status gm_capture_take(gm_capture * capture, int64_t rows) {
     return gm::guard([&] { gm::required(capture, "capture").take_kept(rows); });
 }
 
+gm_status gm_batch_span(int32_t n, const int32_t * pos, const int32_t * n_seq_id, int32_t * const * seq_id, int32_t seq, int64_t * start) {
+    return gm::guard([&] {
+        gm::required(start, "start") = -1;
+        if (n < 1) return;
+        gm::required(pos, "pos"), gm::required(n_seq_id, "n_seq_id"), gm::required(seq_id, "seq_id");
+        bool    own   = false;
+        int32_t other = seq;
+        for (int32_t i = 0; i < n; ++i) {
+            for (int32_t j = 0; j < n_seq_id[i]; ++j) {
+                if (seq_id[i][j] == seq) own = true;
+                else other = seq_id[i][j];
+            }
+        }
+        if (!own) return;
+        if (other != seq) throw error(GM_ERR_CAPTURE, "the batch mixes sequences %d and %d; capture follows sequence %d alone", seq, other, seq);
+        for (int32_t i = 1; i < n; ++i) {
+            if (pos[i] != pos[0] + i) throw error(GM_ERR_CAPTURE, "the batch's positions are not consecutive; capture needs them so");
+        }
+        *start = pos[0];
+    });
+}
+
 gm_status gm_capture_discover(gm_capture * capture) {
     return gm::guard([&] {
         gm_capture & c = gm::required(capture, "capture");

@@ -47,11 +47,11 @@ void Ring::note_chunks(const Runs & runs) {
 void Ring::begin_write(int64_t start, int64_t count, uint64_t taps) {
     const Runs range = runs(start, count);
     for_slots(slots_, range, start, [&](int64_t p, Slot & s) {
+        held_ += s.position < 0;
         if (s.position != p) s = { p, 0, 0 };
         s.taps &= ~taps;
     });
     for (const Run & run : range) {
-        used_ = std::max(used_, run.slot + run.count);
         std::fill(whole_.begin() + run.slot / kChunk, whole_.begin() + (run.slot + run.count - 1) / kChunk + 1, -1);
     }
     end_ = std::max(end_, start + count);
@@ -69,19 +69,33 @@ void Ring::end_write(int64_t start, int64_t count, uint64_t taps) {
 
 void Ring::truncate(int64_t from) {
     // Each live position >= from lies in [from, end_); a range longer than the ring visits every slot once.
-    for (int64_t p = std::max({ from, end_ - cap(), int64_t(0) }); p < end_; ++p) {
+    from = std::max<int64_t>(from, 0);
+    for (int64_t p = std::max(from, end_ - cap()); p < end_; ++p) {
         Slot & s = slots_[size_t(slot(p))];
         if (s.position < from) continue;
         s = Slot{};
+        --held_;
         whole_[size_t(slot(p) / kChunk)] = -1;
     }
-    end_ = std::min(end_, std::max<int64_t>(from, 0));
+    end_ = std::min(end_, from);
+}
+
+// Runs body(slot) over the slots that hold a position, from the latest position backwards: of a large ring that holds little, little is seen.
+template <class Body> void Ring::for_held(Body && body) const {
+    int64_t s = slot(std::max<int64_t>(end_ - 1, 0));
+    for (int64_t left = held_, seen = 0; left > 0 && seen < cap(); ++seen, s = s > 0 ? s - 1 : cap() - 1) {
+        if (slots_[size_t(s)].position < 0) continue;
+        --left;
+        body(s);
+    }
 }
 
 void Ring::clear() {
-    std::fill_n(slots_.begin(), used_, Slot{});
-    std::fill_n(whole_.begin(), chunks(used_), -1);
-    end_ = used_ = 0;
+    for_held([&](int64_t s) {
+        slots_[size_t(s)]          = Slot{};
+        whole_[size_t(s / kChunk)] = -1;
+    });
+    end_ = held_ = 0;
 }
 
 static std::string tap_list(uint64_t taps) {
@@ -125,20 +139,21 @@ Error Ring::stale(int64_t start, int64_t count, int64_t p) const {
 
 std::vector<Ring::Live> Ring::live(bool complete_only) const {
     std::vector<Live> live;
-    for (int64_t i = 0; i < used_; ++i) {
+    for_held([&](int64_t i) {
         const Slot & s = slots_[size_t(i)];
         if (is_live(s, complete_only)) live.push_back({ s.position, s.taps });
-    }
-    // A range that wraps lies there as two ascending runs, the later one first.
+    });
+    std::reverse(live.begin(), live.end());
+    // Ascending now, unless what lies behind a gap is older than a round of the ring.
     const auto before = [](const Live & a, const Live & b) { return a.position < b.position; };
-    const auto wrap   = std::is_sorted_until(live.begin(), live.end(), before);
-    std::rotate(live.begin(), wrap, live.end());
     if (!std::is_sorted(live.begin(), live.end(), before)) std::sort(live.begin(), live.end(), before);
     return live;
 }
 
 int64_t Ring::count_live(bool complete_only) const {
-    return std::count_if(slots_.begin(), slots_.begin() + used_, [&](const Slot & s) { return is_live(s, complete_only); });
+    int64_t count = 0;
+    for_held([&](int64_t i) { count += is_live(slots_[size_t(i)], complete_only); });
+    return count;
 }
 
 uint64_t Ring::taps_at(int64_t position) const {

@@ -75,6 +75,7 @@ class Ring {
     bool                     is_live(const Slot & s, bool complete_only) const { return s.position >= 0 && (complete_only ? s.taps == all_taps_ : s.taps != 0); }
     bool                     is_complete(int64_t slot, int64_t position) const;
     void                     note_chunks(const Runs & runs);
+    template <class Body> void for_held(Body && body) const;
     Error                    stale(int64_t start, int64_t count, int64_t position) const;
 
     std::vector<Slot>     slots_;
@@ -83,7 +84,7 @@ class Ring {
     uint64_t              all_taps_;
     uint64_t              version_ = 0;
     int64_t               end_     = 0;  // 1 + highest live position: bounds the work of truncate
-    int64_t               used_    = 0;  // slots from here on were not written since the last clear
+    int64_t               held_    = 0;  // slots that hold a position: bounds the work of live and clear
 };
 
 } // namespace gm

@@ -20,6 +20,7 @@ from .pair import N_EMBD, Pair, take, tokens_of
 
 GPUS = [d.name for d in devices() if d.type in ("GPU", "IGPU")]
 WHERE = ["CPU", *GPUS]
+HEADS = {"head_dim": 64}  # CUDA's flash attention, which the draft needs, knows no smaller ones
 
 
 def on(name: str, *, marks: Any = ()) -> Any:
@@ -78,13 +79,14 @@ def test_a_tiny_pair_drafts_the_same_wherever_its_parts_lie(
     plain = pair.plain("llama")
     expected = take(plain, prompt, 40)
     options: dict[str, Any] = {"n_gpu_layers": n_gpu_layers, "draft_device": device, "mechanism": how}
-    llm = pair.dflash(feature_rows=rows, n_batch=64, n_ubatch=32, **options)
+    draft = pair.draft(**HEADS)
+    llm = pair.dflash(draft=draft, feature_rows=rows, n_batch=64, n_ubatch=32, **options)
     assert llm.mirror.device.name == device
     text = take(llm, prompt, 40)
     assert llm.stats.draft_steps > 0
     assert_same_but_for_ties(plain, prompt, text, expected, epsilon=0.25)
     committed = llm.input_ids[: llm.n_tokens].tolist()
-    alone = pair.dflash(feature_rows=rows, n_batch=64, n_ubatch=32)
+    alone = pair.dflash(draft=draft, feature_rows=rows, n_batch=64, n_ubatch=32)
     alone.eval(committed)
     n = min(len(llm.mirror), len(alone.mirror))
     assert n >= len(committed) - 1
@@ -112,7 +114,7 @@ def test_the_demo_pair_drafts_the_same_wherever_its_parts_lie(
     alone.eval(committed)
     n = min(len(llm.mirror), len(alone.mirror))
     assert n >= len(committed) - 1
-    assert_rows_agree(llm.mirror.read(start=0, count=n), alone.mirror.read(start=0, count=n), 0.1)
+    assert_rows_agree(llm.mirror.read(start=0, count=n), alone.mirror.read(start=0, count=n), 0.2)
     for each in (alone, llm, plain):
         each.close()
 
@@ -134,7 +136,7 @@ def test_no_feature_crosses_the_bus_in_a_step(
     ngl = 0 if device == "CPU" else -1
     llm = pair.dflash(
         feature_dtype=dtype, feature_rows=rows, n_gpu_layers=ngl, draft_device=device, mechanism=how, draft_window=64,
-        n_batch=64, n_ubatch=32,
+        n_batch=64, n_ubatch=32, draft=pair.draft(**HEADS),
     )  # fmt: skip
     before = bus_bytes()
     take(llm, tokens_of(90), 24)
@@ -160,7 +162,8 @@ def test_what_lies_apart_crosses_once_as_f32(how: CaptureMechanism, device: str,
     (From 32 tokens on, llama.cpp lets a GPU help a target in host memory, and taps may lie there.)
     """
     for ngl, where in ((-1, "cpu"), (0, device)):
-        llm = pair.dflash(n_gpu_layers=ngl, draft_device=where, mechanism=how, n_batch=64, n_ubatch=16)
+        where_and_how: dict[str, Any] = {"draft_device": where, "mechanism": how, "draft": pair.draft(**HEADS)}
+        llm = pair.dflash(n_gpu_layers=ngl, n_batch=64, n_ubatch=16, **where_and_how)
         before = bus_bytes()
         llm.eval(tokens_of(70))
         size = 70 * 5 * N_EMBD * 4
