@@ -270,7 +270,7 @@ def native_clock(*, enabled: bool) -> Iterator[Callable[[], float]]:
             stack.callback(setattr, module, name, getattr(module, name))
             setattr(module, name, value)
 
-        for module, wanted in ((bindings, names), (llama_cpp, states)):
+        for module, wanted in ((bindings, names), (llama_cpp, (*states, "llama_synchronize"))):
             for name in wanted:
                 replace(module, name, _timed(getattr(module, name), total))
         for module in (ggml_mirror.draft, ggml_mirror.fuser, ggml_mirror.mirror, sys.modules["ggml_mirror.capture"]):
