@@ -386,7 +386,7 @@ def plot(lines: list[Line], reference: str, limit: float, path: Path) -> None:
         errors = [[y.value - y.low for y in ys], [y.high - y.value for y in ys]]
         label = f"{style}, {of_style[0].prompts} prompts"
         axes.errorbar(xs, [y.value for y in ys], errors, fmt="o", color=colour, capsize=4, label=label)
-    axes.set_xticks(range(len(dtypes)), dtypes)
+    axes.set_xticks(range(len(dtypes)), dtypes, rotation=30 if len(dtypes) > 6 else 0)
     axes.set_xlim(-0.6, len(dtypes) - 0.4)
     axes.set_ylabel(f"acceptance less that of {reference}, points")
     axes.set_title("95 % paired bootstrap intervals over prompts", loc="left", fontsize=10)
