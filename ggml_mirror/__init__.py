@@ -39,8 +39,8 @@ try:
 
     __version__: str = _text(_lib.gm_version())
 except ImportError as _error:
-    # A broken install is an error at import, with one exception: `ggml-mirror doctor` is there to say what is broken.
-    if not (Path(sys.argv[0]).stem == "ggml-mirror" and sys.argv[1:2] == ["doctor"]):
+    # A broken install is an error at import, but for the command: it says so in a line, and `ggml-mirror doctor` says what is broken.
+    if Path(sys.argv[0]).stem != "ggml-mirror":
         raise
     _reason = _error
 

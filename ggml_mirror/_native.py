@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import sysconfig
@@ -59,7 +60,8 @@ def declarations(header: str) -> str:
 
 
 ffi = cffi.FFI()
-ffi.cdef(declarations(_find_header().read_text(encoding="utf-8")))
+_header = _find_header().read_bytes()
+ffi.cdef(declarations(_header.decode("utf-8")))
 library_path = _find_library()
 lib: Any = ffi.dlopen(str(library_path))
 
@@ -107,6 +109,23 @@ def require_match(versions: GgmlVersions) -> None:
         )
 
 
+def require_own_header(built: str | None, header: bytes) -> None:
+    """Refuse a library of another checkout or release: its structs and functions may differ from those that Python knows.
+
+    Args:
+        built: SHA-256 of the header that the library was built with; "" if its build did not tell, None if it is older than that.
+
+    Raises:
+        VersionMismatchError: says how to rebuild it.
+    """
+    if built not in ("", hashlib.sha256(header).hexdigest()):
+        raise errors.VersionMismatchError(
+            f"{library_path} was built from another version of ggml-mirror than its Python files; rebuild it with `make env` in a "
+            "checkout, or `pip install --no-build-isolation --force-reinstall --no-deps .`"
+        )
+
+
+require_own_header(text(lib.gm_header_built()) if hasattr(lib, "gm_header_built") else None, _header)
 require_match(ggml_versions())
 
 _EXCEPTIONS: dict[int, type[errors.GgmlMirrorError]] = {

@@ -795,7 +795,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except Exception as error:
         if _debugging():
             raise
-        known = isinstance(error, errors.GgmlMirrorError)
+        known = isinstance(error, (errors.GgmlMirrorError, ImportError))
         _fail(str(error) if known else f"unexpected {type(error).__name__}: {error} (--debug shows where)")
         sys.exit(_exit_code(error))
     sys.exit(0)

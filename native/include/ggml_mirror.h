@@ -62,6 +62,7 @@ GM_API const gm_error_info * gm_last_error(void);
 // -------------------------------------------------------------------------------------------- versions
 
 GM_API const char * gm_version(void);             // of this library
+GM_API const char * gm_header_built(void);        // SHA-256 of this file as it was then; "": not known
 GM_API const char * gm_ggml_version_built(void);  // of the ggml headers and libraries it was built against
 GM_API const char * gm_ggml_commit_built(void);
 GM_API const char * gm_ggml_version_loaded(void); // of the ggml that this process has loaded

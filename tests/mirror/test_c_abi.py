@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,8 +10,16 @@ import numpy as np
 import pytest
 
 from ggml_mirror import FeatureMirror
-from ggml_mirror._native import check, ffi, lib
-from ggml_mirror.errors import ArgumentError, DeviceError, DtypeError, GgmlMirrorError, ShapeError, StaleRowError
+from ggml_mirror._native import check, ffi, lib, require_own_header
+from ggml_mirror.errors import (
+    ArgumentError,
+    DeviceError,
+    DtypeError,
+    GgmlMirrorError,
+    ShapeError,
+    StaleRowError,
+    VersionMismatchError,
+)
 
 from .places import Place
 from .process import assert_survives
@@ -179,7 +188,7 @@ def test_numbers_of_no_type(number: int) -> None:
 def test_every_type_of_ggml_has_a_limit_or_is_refused() -> None:
     """In a process of its own: ggml aborts on what it does not expect."""
     assert_survives("""
-from ggml_mirror._native import check, ffi, lib
+from ggml_mirror._native import check, ffi, lib, require_own_header
 from ggml_mirror.errors import DtypeError
 for number in range(64):
     limit = ffi.new("float *")
@@ -225,3 +234,13 @@ def test_failure_leaves_its_details_until_the_next_call(m: FeatureMirror) -> Non
     with pytest.raises(GgmlMirrorError) as caught:
         check(status)
     assert ffi.string(info.message).decode() == str(caught.value)
+
+
+def test_a_library_of_other_sources_is_refused() -> None:
+    """A checkout that moved on, with the library of before: its structs would be read wrongly."""
+    header = b"struct gm_mirror;"
+    for good in (hashlib.sha256(header).hexdigest(), ""):
+        require_own_header(good, header)
+    for bad in (hashlib.sha256(b"another").hexdigest(), None):
+        with pytest.raises(VersionMismatchError, match="make env"):
+            require_own_header(bad, header)
