@@ -331,7 +331,7 @@ def plot(rows: list[Row], path: Path) -> None:
 
     styles = list(dict.fromkeys(r.style for r in rows))
     variants = list(dict.fromkeys(r.variant for r in rows))
-    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
+    figure = Figure(figsize=(max(8.0, 1.1 * len(variants)), 4.5), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for place, (style, colour) in enumerate(zip(styles, ("#2563a8", "#c9a227"), strict=False)):

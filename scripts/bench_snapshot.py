@@ -318,7 +318,7 @@ def plot(cases: list[Case], title: str, path: Path) -> None:
         axes.set_xticks(range(len(shown)), [c.dtype for c in shown])
         axes.set_ylabel(f"{panel}, GB/s of storage")
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, ncols=4, fontsize="small")
+        axes.legend(frameon=False, ncols=4, fontsize="small", loc="lower right", bbox_to_anchor=(1, 1))
     write_atomically(path, lambda file: figure.savefig(file, format=path.suffix.lstrip(".") or "png"))
 
 
