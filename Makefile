@@ -9,11 +9,15 @@ MODEL =
 DRAFT =
 MARKERS = not gpu and not soak
 PYTEST_ARGS =
+WORKERS = auto
 ARGS =
 
 py := $(VENV)/bin/python
 demo_draft := models/smollm2-135m-instruct-dflash-q8_0.gguf
 demo_target = $$($(py) scripts/setup/demo_target.py)
+# A worker has a part of the tests in their order, and takes of the others' when it is done: few fixtures are made in each of them.
+# numpy computes in one thread, llama.cpp in as many as a test says; those that wait for each other leave the core to others.
+pytest = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(py) -m pytest $(if $(filter-out 0 1,$(WORKERS)),-n $(WORKERS) --dist worksteal)
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
@@ -23,6 +27,7 @@ help: ## List the targets and their variables
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /  make \1\t/' | expand -t 18
 	@echo
 	@echo 'Variables: PYTHON=python3  VENV=.venv  MODEL=FILE.gguf DRAFT=FILE.gguf (demo)  PYTEST_ARGS="-k ring -x" (test, sanitize)  ARGS="--port 9000" (serve)'
+	@echo '           WORKERS=auto (test, soak, sanitize: processes that run tests, one per core; 1: no others than pytest)'
 
 env: ## Create or update the virtual environment, with the package installed in place
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: pass PYTHON=")'
@@ -42,7 +47,7 @@ serve: env ## Serve OpenAI's API on http://127.0.0.1:8000, drafting with the dem
 
 test: env ## Run all tests that need no GPU (but for `make soak`, long repetitions of some)
 	@set -e; GGML_MIRROR_DEMO_TARGET="$(demo_target)"; export GGML_MIRROR_DEMO_TARGET; \
-	$(py) -m pytest -m '$(MARKERS)' $(PYTEST_ARGS)
+	$(pytest) -m '$(MARKERS)' $(PYTEST_ARGS)
 
 soak: ## Run the long repetitions: leaks over 100 cycles of every target, long random walks, 50 prompts in every dtype
 	@$(MAKE) test MARKERS='soak and not gpu'
@@ -64,7 +69,7 @@ sanitize: env ## Run the mirror tests with the native library under ASan and UBS
 	GGML_MIRROR_LIB='$(CURDIR)/build/sanitize/libggml_mirror.so' \
 	LD_PRELOAD="$(SANITIZE_PRELOAD)" PYTHONMALLOC=malloc \
 	ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-	$(py) -m pytest tests/mirror -m 'not gpu and not slow' -p no:faulthandler --capture=sys $(PYTEST_ARGS)
+	$(pytest) tests/mirror -m 'not gpu and not slow' -p no:faulthandler --capture=sys $(PYTEST_ARGS)
 
 clean: ## Remove build products; environments and the cache stay
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

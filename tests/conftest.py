@@ -25,6 +25,12 @@ settings.register_profile("explore", parent=settings.get_profile("repeatable"), 
 settings.load_profile(os.environ.get("GGML_MIRROR_HYPOTHESIS", "repeatable"))
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """For ``-n auto``, as ``make test`` has it: the cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
 @pytest.fixture(autouse=True)
 def no_dtype_policy(monkeypatch: pytest.MonkeyPatch) -> None:
     """The caller's DFLASH_FEATURE_DTYPE must not change what a test means."""
