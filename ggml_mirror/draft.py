@@ -453,6 +453,8 @@ def _with_advice(error: MirrorMemoryError, params: Any) -> MirrorMemoryError:
     from .plan import largest
 
     needed, free, asked = error.bytes_needed, error.bytes_free, params.window
+    if not needed:  # a small piece was refused, by an allocator that names no sizes
+        needed, free = _size_of(params).total, devices()[params.device].memory_free
 
     def fits(window: int) -> bool:
         params.window = window

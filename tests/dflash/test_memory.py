@@ -48,7 +48,8 @@ def outcomes(models: tuple[Path, Path], *settings: dict[str, Any]) -> list[dict[
     script = Path(__file__).with_name("tight.py")
     arguments = [json.dumps({"draft_window": WINDOW, **s}) for s in settings]
     # Every large allocation is a mapping of its own: none is served from what earlier ones left, and none stays behind.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(MIB)}
+    # And none by what the threads of numpy's libraries have set aside, which differs with the number of cores.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(MIB), "OPENBLAS_NUM_THREADS": "1"}
     command = [sys.executable, str(script), *map(str, models), *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, f"ended with {done.returncode}: {done.stderr[-2000:]}"
@@ -102,7 +103,7 @@ def test_what_the_allocator_refuses_is_the_same_error(models: tuple[Path, Path],
     )
     assert "text" in found.pop()
     for f in found:
-        assert "refused" in f["error"] and "try a smaller" in f["error"]
+        assert ("refused" in f["error"] or "out of host memory" in f["error"]) and "try a smaller" in f["error"]
         assert f["bytes_needed"] in (draft, mirror) or "scratch" in f["error"]
     of = [f["error"] for f in found]
     assert any("refused the weights" in e for e in of) and any("(f32)" in e for e in of)
