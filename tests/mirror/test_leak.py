@@ -46,13 +46,13 @@ def growth(cycle: Callable[[int], object], cycles: int = CYCLES) -> int:
 
 
 def test_making_writing_and_closing(place: Place, dtype: FeatureDtype) -> None:
-    """A ring of 2 MiB (f32) to 0.3 MiB (q4_0), every byte of it written: 1,000 leaked ones would be 280 MiB or more."""
-    x = np.ones((256, 2048), np.float32)
+    """A ring of 512 KiB (f32) to 72 KiB (q4_0), every byte of it written: 1,000 leaked ones would be 70 MiB or more."""
+    x = np.ones((64, 2048), np.float32)
 
     def cycle(i: int) -> None:
-        with place.mirror(taps=2, n_embd=1024, cap=256, dtype=dtype) as m:
+        with place.mirror(taps=2, n_embd=1024, cap=64, dtype=dtype) as m:
             m.write_rows(start=i, rows=x)
-            m.read(start=i, count=256)
+            m.read(start=i, count=64)
 
     free = find_device(place.device).memory_free
     assert growth(cycle) < allowed(place)
