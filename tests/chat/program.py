@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 _CODE = "from ggml_mirror.cli import main; main()"
 
@@ -73,6 +74,18 @@ class Terminal:
             self.seen += piece.decode("utf-8", "replace")
         self._read_to = found.end()
         return found
+
+    def wait_for_a_wait(self, timeout: float = 60.0) -> None:
+        """Until it has slept, in one piece, for a tenth of a second: it waits for a key."""
+        end, before = time.monotonic() + timeout, ""
+        while time.monotonic() < end:
+            status = Path(f"/proc/{self.pid}/status").read_text()
+            now = "".join(re.findall(r"^State:\tS|^\w*voluntary_ctxt_switches:.*", status, re.MULTILINE))
+            if now.startswith("State") and now == before:
+                return
+            before = now
+            time.sleep(0.1)
+        raise AssertionError(f"it never waited; it printed: {self.seen!r}")
 
     def wait(self, timeout: float = 60.0) -> int:
         """Its exit code, negative for a signal."""

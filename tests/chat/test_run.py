@@ -260,7 +260,10 @@ main(sys.argv[1:])
     def limited(*more: object) -> subprocess.CompletedProcess[str]:
         arguments = [*flags, "-c", 400_000, "-b", 16, "-ub", 16, "--draft-window", 400_000, "-p", "x", *more]
         return subprocess.run(
-            [sys.executable, "-c", program, "run", *map(str, arguments)], capture_output=True, text=True
+            [sys.executable, "-c", program, "run", *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "COLUMNS": "200"},
         )
 
     refused = limited("--feature-dtype", "f32")
@@ -355,10 +358,9 @@ def test_ctrl_c_during_a_long_prompt(terminal: Any, said: Any) -> None:
 
 def test_ctrl_c_at_the_prompt_and_the_history(terminal: Any, said: Any) -> None:
     t = terminal()
-    time.sleep(0.5)  # Python's readline misses a signal between its prompt and its wait for a key
     t.type("half a line")
     t.expect("half a line")
-    time.sleep(0.2)
+    t.wait_for_a_wait()  # Python's readline misses a signal between what it echoes and its wait for a key
     t.interrupt()
     t.expect(r"Ctrl-D or /exit leaves")
     t.expect(r"> ")
