@@ -12,14 +12,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from .byte_size import format_bytes, parse_bytes
-from .device import Device, find_device
+from .byte_size import format_bytes
+from .device import find_device
 from .dflash import LLAMA_DEFAULTS, resolve_n_draft, resolve_window
 from .draft import DraftSpec
 from .draft_memory import mirror_cap, row_shape, staging_cap
 from .dtype import FeatureDtype
-from .errors import ArgumentError, BudgetError, DtypeError
-from .ladder import Rung, candidates, choose, default_margin, descending, next_rung, offer, to_json
+from .errors import BudgetError, DtypeError
+from .ladder import Rung, candidates, choose, default_margin, descending, next_rung, offer, parse_margin, to_json
 from .mechanism import CaptureMechanism
 from .memory_parts import PairCosts, Part, Room, rooms, target_parts
 from .model_info import ModelInfo
@@ -182,19 +182,11 @@ def make_budget(
         for kind in ((RAW, FUSED) if spec.can_fuse else (RAW,))
     }
     window = resolve_window(draft_window, memory.n_ctx)
-    search = _Search(fixed, pairs, rooms(), window, _margin(memory_margin, device))
+    margin = parse_margin(memory_margin)
+    search = _Search(fixed, pairs, rooms(), window, default_margin(device) if margin is None else margin)
     if rows is not None and dtype is not None:
         return search.named(Rung(rows, dtype), memory.n_ctx)
     return search.auto(candidates(rows, dtype), memory.n_ctx)
-
-
-def _margin(asked: int | str | None, device: Device) -> int:
-    margin = parse_bytes(asked) if isinstance(asked, str) else asked
-    if margin is None:
-        return default_margin(device)
-    if margin < 0:
-        raise ArgumentError(f"the memory margin is {margin} bytes; it cannot be negative")
-    return margin
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,14 @@ from .cache.entry import Coverage, run_start
 from .cache.prefix_index import shared_length, token_key
 from .capture import SEQUENCE, Hook, attachment, capture_mechanism, in_use
 from .device import find_device
-from .draft import Draft, DraftSpec, draft_bytes
+from .draft import Draft, DraftSpec, draft_bytes, require_kv
 from .draft_memory import mirror_cap, require_room, row_shape, staging_cap
 from .draft_stats import DraftStats
 from .dtype import AUTO, FeatureDtype
 from .errors import ArgumentError, ClosedError, SnapshotMismatchError
 from .fingerprint import fingerprint
 from .fuser import Fuser
+from .ladder import parse_margin
 from .mechanism import CaptureMechanism, parse_mechanism
 from .mirror import FeatureMirror
 from .model_info import ModelInfo
@@ -56,6 +57,30 @@ def resolve_window(draft_window: int | None, n_ctx: int) -> int:
     if draft_window is not None and draft_window < 1:
         raise ArgumentError(f"draft_window is {draft_window}; it must be positive")
     return min(n_ctx, DEFAULT_WINDOW if draft_window is None else draft_window)
+
+
+def check_drafting(
+    *,
+    feature_dtype: str | FeatureDtype | None = None,
+    feature_rows: str = RAW,
+    draft_window: int | None = None,
+    draft_kv: str = "f16",
+    memory_margin: int | str | None = None,
+    mechanism: str | CaptureMechanism | None = None,
+) -> tuple[FeatureDtype | None, str | None]:
+    """That these arguments of :class:`DFlashLlama` can be, whatever its files and devices are.
+
+    Returns:
+        The dtype and the rows; None: "auto".
+
+    Raises:
+        ArgumentError, DtypeError: one of them cannot be.
+    """
+    resolve_window(draft_window, 1)
+    require_kv(draft_kv)
+    parse_margin(memory_margin)
+    parse_mechanism(mechanism)
+    return FeatureDtype.resolve_choice(feature_dtype), parse_rows_choice(feature_rows)
 
 
 class DFlashState(LlamaState):
@@ -133,7 +158,14 @@ class DFlashLlama(Llama):
             if llama_kwargs.get(name):
                 raise ArgumentError(f"{name} cannot be given together with draft_path")
         self.draft_path = str(draft_path)
-        rows = parse_rows_choice(feature_rows)
+        dtype, rows = check_drafting(
+            feature_dtype=feature_dtype,
+            feature_rows=feature_rows,
+            draft_window=draft_window,
+            draft_kv=draft_kv,
+            memory_margin=memory_margin,
+            mechanism=mechanism,
+        )
         self._drafting: dict[str, Any] = {
             "draft_window": draft_window,
             "draft_device": draft_device,
@@ -142,13 +174,10 @@ class DFlashLlama(Llama):
             "draft_kv": draft_kv,
             "mechanism": mechanism,
         }
-        parse_mechanism(mechanism)
         target = ModelInfo.read(model_path)
         self.draft_spec = DraftSpec.read(draft_path, target)
         self.n_draft = resolve_n_draft(n_draft, self.draft_spec)
-        resolve_window(draft_window, 1)  # a bad one is an error before the target is loaded
         self.draft_spec.require_rows(rows)
-        dtype = FeatureDtype.resolve_choice(feature_dtype)
         if dtype is None or rows is None:
             dtype, rows = self._choose(model_path, AUTO if dtype is None else dtype, memory_margin, llama_kwargs)
         self.feature_dtype, self.feature_rows = dtype, rows

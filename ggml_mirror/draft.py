@@ -29,6 +29,13 @@ from .row_kind import FUSED, RAW, parse_rows
 #: How a draft keeps the keys and values of its window; "off" computes them at each step, into f16.
 DRAFT_KV = {"f16": "f16", "q8_0": "q8_0", "off": "f16"}
 
+
+def require_kv(kv: str) -> None:
+    """Raise ArgumentError unless a draft can keep its keys and values so."""
+    if kv not in DRAFT_KV:
+        raise ArgumentError(f"draft_kv is {kv!r}; use one of {', '.join(DRAFT_KV)}")
+
+
 #: Names of the projection that all layers share.
 _FUSION = ("fc.weight", "dflash.fc.weight", "dflash_fc.weight")
 
@@ -380,8 +387,7 @@ def draft_params(
     kv: str = "f16",
     n_ctx: int = 0,
 ) -> _Params:
-    if kv not in DRAFT_KV:
-        raise ArgumentError(f"draft_kv is {kv!r}; use one of {', '.join(DRAFT_KV)}")
+    require_kv(kv)
     p = ffi.new("gm_draft_params *")
     path = ffi.new("char[]", os.fsencode(spec.path))
     p.path, p.device, p.n_threads = path, device_index, n_threads

@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .byte_size import format_bytes
+from .byte_size import format_bytes, parse_bytes
 from .device import Device
 from .dtype import FeatureDtype
+from .errors import ArgumentError
 from .row_kind import FUSED, RAW
 
 _D = FeatureDtype
@@ -156,6 +157,18 @@ MARGIN_SHARE, MARGIN_MOST = 0.05, 1 << 30
 def default_margin(device: Device) -> int:
     """Bytes that "auto" leaves free on a device unless told otherwise: 5 % of its memory, at most 1 GiB."""
     return min(int(MARGIN_SHARE * device.memory_total), MARGIN_MOST)
+
+
+def parse_margin(asked: int | str | None) -> int | None:
+    """Bytes that "auto" was told to leave free, or text such as "512MiB"; None: it was not told.
+
+    Raises:
+        ArgumentError: no size, or a negative one.
+    """
+    margin = parse_bytes(asked) if isinstance(asked, str) else asked
+    if margin is not None and margin < 0:
+        raise ArgumentError(f"the memory margin is {margin} bytes; it cannot be negative")
+    return margin
 
 
 def to_json(rung: Rung, size: int, *, chosen: bool) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from ..budget_report import within_budget
-from ..dflash import LLAMA_DEFAULTS, DFlashLlama
+from ..dflash import LLAMA_DEFAULTS, DFlashLlama, check_drafting
 from ..errors import DraftMismatchError
 from ..llama_log import explained
 from ..model_info import ModelInfo
@@ -26,6 +26,8 @@ _CELLS = 256
 #: What only a DFlashLlama takes.
 _DRAFTING = ("feature_dtype", "feature_rows", "draft_window", "draft_device", "draft_kv", "n_draft", "memory_margin")
 
+_CHECKED = ("feature_dtype", "feature_rows", "draft_window", "draft_kv", "memory_margin")
+
 
 def loading_options(
     model: Path, draft: Path | None, *, err: Console, n_ctx: int | None = None, **options: Any
@@ -34,11 +36,12 @@ def loading_options(
 
     Args:
         n_ctx: None: the model's, at most 4096; 0: the model's.
-        options: as for ``DFlashLlama``; without a draft, what only drafting takes is left out.
+        options: as for ``DFlashLlama``; without a draft, what only drafting takes is checked and left out.
 
     Raises:
-        GgmlMirrorError: the target is none.
+        GgmlMirrorError: the target is none, or an option cannot be.
     """
+    check_drafting(**{name: options[name] for name in _CHECKED if name in options})
     info = ModelInfo.read(model)
     if info.is_draft:
         raise DraftMismatchError(f"{model} is a DFlash draft: it drafts for a target (-m TARGET -md {model})")

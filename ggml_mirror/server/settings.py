@@ -16,12 +16,12 @@ from llama_cpp.server.cli import add_args_from_model
 from llama_cpp.server.settings import ModelSettings, ServerSettings
 from pydantic import Field, ValidationError
 
-from ..dflash import resolve_n_draft
+from ..dflash import check_drafting, resolve_n_draft
 from ..draft import DraftSpec
-from ..dtype import AUTO, FeatureDtype
+from ..dtype import AUTO
 from ..errors import ArgumentError
 from ..model_info import ModelInfo
-from ..row_kind import RAW, parse_rows_choice
+from ..row_kind import RAW
 
 CONFIG_VARIABLE = "CONFIG_FILE"  # llama_cpp.server's
 KEY_VARIABLE = "LLAMA_API_KEY"  # llama-server's
@@ -84,9 +84,13 @@ class ServedModelSettings(ModelSettings):
                 f"draft_model is llama_cpp.server's own setting and knows prompt-lookup-decoding only, not {self.draft_model!r}; "
                 "a DFlash draft is given as model_draft (-md)"
             )
-        dtype = FeatureDtype.resolve_choice(self.feature_dtype)
+        dtype, rows = check_drafting(
+            feature_dtype=self.feature_dtype,
+            feature_rows=self.feature_rows,
+            draft_kv=self.draft_kv,
+            memory_margin=self.memory_margin,
+        )
         self.feature_dtype = AUTO if dtype is None else dtype.value
-        rows = parse_rows_choice(self.feature_rows)
         self.feature_rows = AUTO if rows is None else rows
         if self.model_draft is None:
             if self.hf_model_repo_id is None:

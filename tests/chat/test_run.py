@@ -205,6 +205,14 @@ def test_what_cannot_be(what: str, flags: list[object], run: Run) -> None:
     assert result.err.count("error:") == 1
 
 
+@pytest.mark.parametrize("what", ["dtype", "margin", "rows", "keys and values", "window"])
+def test_a_typing_error_is_found_without_a_draft_too(what: str, flags: list[object], run: Run) -> None:
+    more, code, message = BAD[what]
+    result = run("run", *flags[:2], "-p", "x", *more)
+    assert result.code == code and message in result.err and result.out == "", result.err
+    assert result.err.count("error:") == 1
+
+
 def test_files_that_cannot_be(flags: list[object], pair: ChatPair, tmp_path: Path, run: Run) -> None:
     target, draft = flags[1], flags[3]
     (tmp_path / "x.gguf").write_bytes(b"GGUF")

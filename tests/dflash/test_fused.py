@@ -93,6 +93,8 @@ def test_what_does_not_fit_is_refused(pair: Pair) -> None:
         pair.dflash(feature_rows="molten")
     with pytest.raises(ArgumentError, match="one tap"):
         FeatureMirror(taps=2, n_embd=N_EMBD, cap=8, rows="fused")
+    with pytest.raises(ArgumentError, match="not a size"):
+        pair.dflash(memory_margin="some")
     with pytest.raises(ArgumentError, match="draft_kv"):
         pair.dflash(draft_kv="f64")
     with FeatureMirror(taps=1, n_embd=N_EMBD, cap=8, rows="fused") as fused:

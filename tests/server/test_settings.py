@@ -80,6 +80,10 @@ def test_a_typing_error_is_found_without_a_draft_too(fields: dict[str, Any]) -> 
         read_settings({**plain, "feature_dtype": "q9_9"})
     with pytest.raises(ArgumentError, match="molten"):
         read_settings({**plain, "feature_rows": "molten"})
+    with pytest.raises(ArgumentError, match="draft_kv is 'f64'"):
+        read_settings({**plain, "draft_kv": "f64"})
+    with pytest.raises(ArgumentError, match="'some' is not a size"):
+        read_settings({**plain, "memory_margin": "some"})
 
 
 @pytest.mark.parametrize("kind", ["json", "yaml"])
