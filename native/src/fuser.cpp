@@ -7,6 +7,16 @@ using gm::error;
 gm_fuser::gm_fuser(gm_draft & draft, gm_mirror & staging, gm_mirror & mirror) : draft_(draft), staging_(staging), mirror_(mirror) {
     draft.require_rows(staging, false);
     draft.require_rows(mirror, true);
+    exchanged_ = mirror.exchanged();
+}
+
+// Rows that wait are of the sequence that the mirror held: if it was cleared or restored since, they are nobody's.
+void gm_fuser::follow() {
+    const uint64_t now = mirror_.exchanged();
+    if (now == exchanged_) return;
+    staging_.clear();
+    waiting_   = 0;
+    exchanged_ = now;
 }
 
 void gm_fuser::write(int32_t tap, int64_t start, const ggml_tensor * rows) {
@@ -20,11 +30,13 @@ void gm_fuser::write_taps(int64_t start, const ggml_tensor * const * rows) {
 }
 
 void gm_fuser::make_room(int64_t start, int64_t count) {
+    follow();
     // Taps of a micro-batch come one after the other or together, so what lies before its first row is whole.
     if (start + count - waiting_ > staging_.cap()) commit(start);
 }
 
 void gm_fuser::commit(int64_t end) {
+    follow();
     if (end <= waiting_) return;
     const int64_t count = std::min(end - waiting_, staging_.stretch_before(end, staging_.cap()));
     draft_.fuse(staging_, end - count, count, mirror_);

@@ -18,10 +18,12 @@ struct gm_fuser {
     int32_t taps() const { return staging_.taps(); }
 
   private:
+    void follow();
     void make_room(int64_t start, int64_t count);
 
     gm_draft &  draft_;
     gm_mirror & staging_;
     gm_mirror & mirror_;
     int64_t     waiting_ = 0;  // positions from here on are not fused yet
+    uint64_t    exchanged_;    // of the mirror, when the rows that wait came
 };

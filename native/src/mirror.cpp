@@ -271,6 +271,11 @@ uint64_t gm_mirror::changed(int64_t start, int64_t count, uint64_t since, std::v
     return slots_.version();
 }
 
+uint64_t gm_mirror::exchanged() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return exchanged_;
+}
+
 void * gm_mirror::in_place(int64_t start, int64_t count) {
     std::lock_guard<std::mutex> lock(mutex_);
     slots_.require(start, count);
@@ -287,6 +292,7 @@ void gm_mirror::truncate(int64_t from) {
 
 void gm_mirror::clear() {
     std::lock_guard<std::mutex> lock(mutex_);
+    ++exchanged_;
     slots_.clear();
 }
 
@@ -392,6 +398,7 @@ void gm_mirror::load(int64_t count, const int64_t * positions, const uint64_t * 
     const uint8_t * const in     = staging ? base_of(*staging) : rows;
     const bool            pinned = pinned_.pool() && pinned_.pool()->holds(in, bytes);
 
+    ++exchanged_;
     slots_.clear();
     for_stretches(slots_, count, positions, [&](int64_t slot, int64_t row, int64_t n) {
         ggml_backend_tensor_set(ring_, in + uint64_t(row) * row_bytes_, uint64_t(slot) * row_bytes_, uint64_t(n) * row_bytes_);

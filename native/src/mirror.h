@@ -34,6 +34,7 @@ struct gm_mirror {
     // For a reader that keeps what it derived from rows: see gm::Ring.
     int64_t               stretch_before(int64_t end, int64_t max);
     uint64_t              changed(int64_t start, int64_t count, uint64_t since, std::vector<gm::Ring::Version> & out);  // the latest version
+    uint64_t              exchanged();  // how often all rows made way for none, or for a snapshot's
     // The rows as they lie in the ring: F32, complete, not wrapped; null if they have to be read.
     void *                in_place(int64_t start, int64_t count);
     ggml_backend_buffer_t buffer() const { return buffer_.get(); }
@@ -75,6 +76,7 @@ struct gm_mirror {
     std::unique_ptr<gm::Rows> rows_;          // null: host memory, this library's own loops over ggml's conversions
     std::vector<gm_tap_stats> stats_;
     int64_t                 written_slices_ = 0;  // taps of rows
+    uint64_t                exchanged_ = 0;
     gm_mirror_times         times_{};
     gm_mirror_transfers     transfers_{};
     gm::PinnedShare         pinned_;          // its pool: null on host devices
