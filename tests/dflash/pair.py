@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -124,10 +125,15 @@ class Pair:
 
 def fused_rows(draft: str, raw: np.ndarray) -> np.ndarray:
     """In numpy, what a draft makes of raw rows: rms_norm(fc @ raw) * hidden_norm."""
-    tensors = {t.name: gguf.dequantize(t.data, t.tensor_type) for t in gguf.GGUFReader(draft).tensors}
+    tensors = _tensors(draft)
     x = raw.astype(np.float64) @ tensors["fc.weight"].astype(np.float64).T
     x /= np.sqrt((x * x).mean(axis=1, keepdims=True) + 1e-6)
     return (x * tensors["enc.output_norm.weight"]).astype(np.float32)
+
+
+@functools.cache
+def _tensors(draft: str) -> dict[str, np.ndarray]:
+    return {t.name: gguf.dequantize(t.data, t.tensor_type) for t in gguf.GGUFReader(draft).tensors}
 
 
 def _runs(positions: Sequence[int]) -> list[tuple[int, int]]:
