@@ -404,7 +404,8 @@ class FeatureMirror:
                     count,
                 )
             )
-        return positions, masks
+        n = min(len(positions), count[0])  # a capture on another thread may have come in between
+        return positions[:n], masks[:n]
 
     # ---------------------------------------------------- snapshot and restore
 

@@ -26,8 +26,7 @@ What is timed:
     bounce    through host memory: rows to the host, ggml's reference conversion on one thread, rows to the device
               (other devices only): what implementations without device conversions do
 
-"in library us" is the mirror's own stopwatch in operations of one call: from its lock to the device being done, and without the check that
-rows to be read are whole, which comes before. A decoding loop calls the library from native code, so what Python and cffi add to a call
+"in library us" is the mirror's own stopwatch in operations of one call: from its lock to the device being done. A decoding loop calls the library from native code, so what Python and cffi add to a call
 is no part of a step; the goals for 16 rows "at once" and "read" are therefore judged by it, and all others by the clock around the call.
 
 Threads that wait for each other suffer most from other work on the machine: what the CPUs did for others meanwhile is

@@ -210,8 +210,8 @@ void gm_mirror::read_rows(int64_t start, int64_t count, float * rows) {
 void gm_mirror::read(int64_t start, int64_t count, float * rows) {
     check_range(start, count);
     std::lock_guard<std::mutex> lock(mutex_);
-    slots_.require(start, count);
     Stopwatch watch(times_.read_ns);
+    slots_.require(start, count);
     if (rows_) {
         rows_->read_host(start, count, rows, bus_);
     } else {
@@ -234,8 +234,8 @@ void gm_mirror::read_tensor(int64_t start, int64_t count, const ggml_tensor & ro
         throw error(GM_ERR_DEVICE, "rows must be on the mirror's device %s, not on %s", ggml_backend_dev_name(device_), ggml_backend_buffer_name(buffer));
     }
     std::lock_guard<std::mutex> lock(mutex_);
-    slots_.require(start, count);
     Stopwatch watch(times_.read_ns);
+    slots_.require(start, count);
     if (rows_) {
         rows_->read_tensor(start, count, &rows, buffer);
     } else {

@@ -77,8 +77,8 @@ ggml_backend_buffer_ptr PinnedPool::take(uint64_t bytes, Use use, std::string & 
         return nullptr;
     };
     if (!type_) return refuse("the device has no pinned host memory");
-    const uint64_t most = for_rings(rings_), need = rounded(bytes);
-    if (use == Use::Array ? bytes + out_bytes_ > most / 2 : need + out_bytes_ > most) {
+    const uint64_t most = for_rings(rings_), need = rounded(std::min(bytes, most));
+    if (bytes > most || (use == Use::Array ? bytes + out_bytes_ > most / 2 : need + out_bytes_ > most)) {
         return refuse(text("%llu bytes beside %llu in use are more than the %llu that may be pinned%s (%s)", (unsigned long long) bytes,
                            (unsigned long long) out_bytes_, (unsigned long long) most, use == Use::Array ? ", half of it for arrays" : "", kVariable));
     }
