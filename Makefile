@@ -60,8 +60,9 @@ lint: env ## Check style (ruff) and types (mypy)
 # The interpreter is not built with the sanitizers, so their runtimes are loaded before it. So is the C++ runtime: ASan
 # looks up __cxa_throw once, at start. PYTHONMALLOC gives every small buffer its own red zones.
 # pytest must leave file descriptor 2 and SIGSEGV alone, or the reports are lost.
+SANITIZED = tests/mirror tests/dflash/test_fused.py tests/dflash/test_fused_machine.py tests/test_draft_graph.py
 SANITIZE_PRELOAD = $(foreach lib,libasan.so libubsan.so libstdc++.so,$(shell $(CXX) -print-file-name=$(lib)))
-sanitize: env ## Run the mirror tests with the native library under ASan and UBSan
+sanitize: env ## Run tests of mirror, fuser and draft with the native library under ASan and UBSan
 	cmake -S . -B build/sanitize -DGM_SANITIZE=ON -DCMAKE_CXX_COMPILER=$(CXX) \
 		-DPython_EXECUTABLE="$$($(py) -c 'import sys; print(sys.executable)')"
 	cmake --build build/sanitize --parallel
@@ -69,7 +70,7 @@ sanitize: env ## Run the mirror tests with the native library under ASan and UBS
 	GGML_MIRROR_LIB='$(CURDIR)/build/sanitize/libggml_mirror.so' \
 	LD_PRELOAD="$(SANITIZE_PRELOAD)" PYTHONMALLOC=malloc \
 	ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-	$(pytest) tests/mirror -m 'not gpu and not slow' -p no:faulthandler --capture=sys $(PYTEST_ARGS)
+	$(pytest) $(SANITIZED) -m 'not gpu and not slow and not soak' -p no:faulthandler --capture=sys $(PYTEST_ARGS)
 
 clean: ## Remove build products; environments and the cache stay
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
