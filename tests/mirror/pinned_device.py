@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import threading
 from collections.abc import Callable, Iterator
 from ctypes import CFUNCTYPE, c_size_t, c_void_p
@@ -305,7 +306,9 @@ def test_mirrors_and_snapshots_that_come_and_go_leave_nothing(device: Device) ->
             assert kept[0].rows[-1].any()
 
     rows = np.ones((CAP, WIDTH), np.float32)
-    assert growth(cycle, 200) < 32 << 20  # some is the allocator's, more of it under sanitizers
+    if "asan" in os.environ.get("LD_PRELOAD", ""):
+        pytest.skip("ASan keeps what is freed in quarantine")
+    assert growth(cycle, 200) < 8 << 20
 
 
 def test_the_size_is_known_beforehand(device: Device, m: FeatureMirror) -> None:
