@@ -26,8 +26,9 @@ What is timed:
     bounce    through host memory: rows to the host, ggml's reference conversion on one thread, rows to the device
               (other devices only): what implementations without device conversions do
 
-"in library us" is the mirror's own stopwatch in operations of one call: from its lock to the device being done. A decoding loop calls the library from native code, so what Python and cffi add to a call
-is no part of a step; the goals for 16 rows "at once" and "read" are therefore judged by it, and all others by the clock around the call.
+"in library us" is the mirror's own stopwatch in operations of one call: from its lock to the device being done. A decoding loop calls the
+library from native code, so what Python and cffi add to a call is no part of a step; the goals for 16 rows "at once" and "read" are
+therefore judged by it, and all others by the clock around the call.
 
 Threads that wait for each other suffer most from other work on the machine: what the CPUs did for others meanwhile is
 printed, and should be near 0.
@@ -52,6 +53,7 @@ import llama_cpp
 import numpy as np
 import numpy.typing as npt
 import typer
+from ggml_library import open_ggml
 from rich import box
 from rich.console import Console
 from rich.progress import Progress
@@ -112,16 +114,7 @@ ffi.cdef("""
 F32, I32, I64 = 0, 26, 27  # enum ggml_type
 Tensor = Any
 
-
-def _load_ggml() -> Any:
-    folder = Path(llama_cpp.__file__).parent / "lib"
-    for name in "libggml.so", "libggml.dylib", "ggml.dll":
-        if (folder / name).exists():
-            return ffi.dlopen(str(folder / name))
-    raise SystemExit(f"no ggml library in {folder}")
-
-
-ggml = _load_ggml()
+ggml = open_ggml(ffi)
 
 
 class Arena:

@@ -34,6 +34,7 @@ import llama_cpp
 import numpy as np
 import numpy.typing as npt
 import typer
+from ggml_library import open_ggml
 from machine import describe
 from rich import box
 from rich.console import Console
@@ -71,16 +72,7 @@ ffi.cdef("""
     void ggml_backend_tensor_get(const struct ggml_tensor * tensor, void * data, size_t offset, size_t size);
 """)
 
-
-def _load_ggml() -> Any:
-    folder = Path(llama_cpp.__file__).parent / "lib"
-    for name in "libggml.so", "libggml.dylib", "ggml.dll":
-        if (folder / name).exists():
-            return ffi.dlopen(str(folder / name))
-    raise SystemExit(f"no ggml library in {folder}")
-
-
-ggml = _load_ggml()
+ggml = open_ggml(ffi)
 
 
 class Memory:
