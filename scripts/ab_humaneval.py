@@ -58,8 +58,9 @@ from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from script import run as run_script
 
-from ggml_mirror import DFlashLlama, GgmlMirrorError, __version__, find_device, fingerprint
+from ggml_mirror import DFlashLlama, __version__, find_device, fingerprint
 from ggml_mirror.byte_size import format_bytes
 from ggml_mirror.errors import ArgumentError
 from ggml_mirror.output import check_writable, write_atomically, write_json
@@ -506,8 +507,4 @@ def _plain_speed(tasks: list[Task], journal: Journal) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    try:
-        typer.run(main)
-    except GgmlMirrorError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    run_script(main)

@@ -39,12 +39,13 @@ from machine import describe
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from script import run as run_script
 
-from ggml_mirror import FeatureMirror, GgmlMirrorError, __version__, capture, find_device
+from ggml_mirror import FeatureMirror, __version__, capture, find_device
 from ggml_mirror.errors import ArgumentError
 from ggml_mirror.mechanism import CaptureMechanism
 from ggml_mirror.mirror import bus_bytes
-from ggml_mirror.model_info import default_taps
+from ggml_mirror.model_info import ModelInfo, default_taps
 from ggml_mirror.output import check_writable, write_atomically, write_json
 from ggml_mirror.plot import check_plot
 from ggml_mirror.prompt_run import default_threads
@@ -283,6 +284,7 @@ def main(
         check_writable(json_file)
     if plot_file:
         check_plot(plot_file)
+    ModelInfo.read(model)  # a file that is none is told as such
     names = tuple(str(CaptureMechanism(name)) for name in mechanisms.split(","))
     options = Options(
         model, device, n_gpu_layers, threads, dtype, block, prefill, prompt, rounds, repeats, names
@@ -317,8 +319,4 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        typer.run(main)
-    except GgmlMirrorError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    run_script(main)

@@ -38,7 +38,6 @@ from __future__ import annotations
 import json
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 import urllib.error
@@ -62,8 +61,9 @@ from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from script import run as run_script
 
-from ggml_mirror import GgmlMirrorError, __version__, fingerprint
+from ggml_mirror import __version__, fingerprint
 from ggml_mirror.errors import ArgumentError
 from ggml_mirror.output import check_writable, write_atomically, write_json
 from ggml_mirror.plot import check_plot
@@ -474,8 +474,4 @@ def _key(task: Task, variant: str) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        typer.run(main)
-    except GgmlMirrorError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    run_script(main)

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import sys
 import tempfile
 import time
 import zlib
@@ -42,8 +41,9 @@ from machine import describe
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from script import run as run_script
 
-from ggml_mirror import DFlashLlama, GgmlMirrorError, PrefixCache, __version__
+from ggml_mirror import DFlashLlama, PrefixCache, __version__
 from ggml_mirror.byte_size import format_bytes
 from ggml_mirror.cache import state_file
 from ggml_mirror.cache.counters import CacheCounters
@@ -412,8 +412,4 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        typer.run(main)
-    except GgmlMirrorError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    run_script(main)

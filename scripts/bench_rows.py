@@ -58,6 +58,7 @@ from rich import box
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from script import run as run_script
 
 from ggml_mirror import Device, FeatureDtype, FeatureMirror, __version__, find_device, row_bytes
 from ggml_mirror._native import check, ggml_versions
@@ -726,4 +727,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

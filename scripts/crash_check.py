@@ -41,8 +41,9 @@ from humaneval import humaneval_prompts
 from machine import describe
 from rich.console import Console
 from rich.progress import Progress
+from script import run as run_script
 
-from ggml_mirror import DFlashLlama, GgmlMirrorError, PrefixCache, __version__
+from ggml_mirror import DFlashLlama, PrefixCache, __version__
 from ggml_mirror.byte_size import format_bytes, parse_bytes
 from ggml_mirror.cache import state_file
 from ggml_mirror.errors import ArgumentError, CacheFileError
@@ -444,8 +445,4 @@ def main(
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--worker"]:
         work(Setup(**json.load(sys.stdin)), int(sys.argv[2]))
-    try:
-        typer.run(main)
-    except GgmlMirrorError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    run_script(main)

@@ -44,6 +44,7 @@ from rich import box
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from script import run as run_script
 
 from ggml_mirror import DFlashLlama, GgmlMirrorError
 from ggml_mirror._native import ggml_versions
@@ -551,8 +552,4 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        typer.run(main)
-    except GgmlMirrorError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    run_script(main)

@@ -22,6 +22,9 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 import typer
+from script import run as run_script
+
+from ggml_mirror.errors import ArgumentError
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -176,7 +179,10 @@ def write_pair(
     Args:
         sliding_window: of all draft layers but the last; 0: every layer attends to the whole context.
     """
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ArgumentError(f"{directory} cannot be made: {error.strerror}; name another folder (--out)") from error
     target, draft, matrices = directory / "target.gguf", directory / "draft.gguf", Matrices(kind, seed)
     _write(target, "qwen3", {"block_count": s.n_taps + 1, "feed_forward_length": s.n_embd}, _target(s, matrices), s)
     keys: dict[str, Any] = {
@@ -218,4 +224,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)
