@@ -8,6 +8,10 @@
 verification. A step is the whole of it: rows fused or read, keys and values made, the block. "attention" is the draft's flash attention
 alone, in a graph of nothing else, over as many keys: what a step may grow by. Medians over steps.
 
+What a step grows by from the first context to the last is measured in --pairs rounds of four: a step at either context, each with a mirror
+and a draft of its own, and attention alone over as many keys as either has. So a change of clocks meets all four. Medians of the rounds'
+differences, with bootstrap intervals.
+
 With --llama-server (see bench_decode.py for how to build it), the same random prompts of each context are then continued by
 llama-server and by DFlashLlama, -n tokens each, over the whole context. llama-server's own statistics time its draft call alone, without
 the rows that it puts into its draft cache after each verification; "step" is all of a step, verification included, on both sides (near
@@ -26,8 +30,9 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -35,9 +40,11 @@ from typing import Annotated, Any
 
 import llama_cpp
 import numpy as np
+import numpy.typing as npt
 import typer
 from bench_decode import LlamaServer
 from decoding import load, split_storage, storage
+from intervals import Interval, median_interval
 from llama_cpp import Llama
 from machine import describe
 from rich import box
@@ -96,6 +103,12 @@ class Pair:
             taps=taps, n_embd=n_embd, cap=cap, dtype=dtype, device=self.device.name, n_threads=self.threads, rows=rows
         )
 
+    @cached_property
+    def random_rows(self) -> npt.NDArray[np.float32]:
+        """Raw rows, as many as a micro-batch has."""
+        taps, n_embd = row_shape(self.spec, RAW)
+        return np.random.default_rng(0).standard_normal((MICRO_BATCH, taps * n_embd), np.float32)
+
     def free(self) -> int:
         return find_device(self.device.name).memory_free
 
@@ -134,6 +147,45 @@ class Cell:
     rows_projected: float
 
 
+class Rows:
+    """A mirror that random rows are put into; fused ones by way of a draft."""
+
+    def __init__(self, stack: ExitStack, pair: Pair, rows: str, dtype: str, cap: int) -> None:
+        self.mirror = stack.enter_context(pair.mirror(rows, dtype, cap))
+        self._waiting = stack.enter_context(pair.mirror(RAW, "f32", MICRO_BATCH)) if rows == FUSED else None
+        self._raw = pair.random_rows
+        self._block = pair.spec.block_size
+        #: Positions before this one have been put in.
+        self.n_past = 0
+
+    def add(self, draft: Draft, n: int) -> float:
+        """Rows arrive. Returns the seconds that fusing them took: their way from the target is no part of a draft step."""
+        sink = self.mirror if self._waiting is None else self._waiting
+        sink.write_rows(start=self.n_past, rows=self._raw[:n])
+        started = time.perf_counter()
+        if self._waiting is not None:
+            draft.fuse(self._waiting, self.mirror, start=self.n_past, count=n)
+        self.n_past += n
+        return time.perf_counter() - started
+
+    def fill(self, context: int, draft: Draft) -> None:
+        """Up to ``context``; rows that the ring could not keep are left out."""
+        self.n_past = max(self.n_past, context - self.mirror.cap)
+        while self.n_past < context:
+            self.add(draft, min(MICRO_BATCH, context - self.n_past))
+
+    def truncate(self, context: int) -> None:
+        self.mirror.truncate(context)
+        self.n_past = context
+
+    def step(self, draft: Draft, commit: int) -> float:
+        """Milliseconds of a step behind ``commit`` new rows."""
+        fused_s = self.add(draft, commit)
+        started = time.perf_counter()
+        self.attended = draft.step(self.mirror, n_past=self.n_past, last_token=1, n_tokens=self._block - 1)[1]
+        return 1e3 * (fused_s + time.perf_counter() - started)
+
+
 class Sweep:
     """Steps over a mirror of random rows that grows from context to context."""
 
@@ -141,95 +193,141 @@ class Sweep:
         self.pair, self.window, self.contexts, self.steps, self.commit = pair, window, contexts, steps, commit
         # What the steps of one cell write must displace no row that the next cell attends to.
         self.cap = min(window, max(contexts)) + (steps + 2) * commit + pair.spec.block_size
-        taps, n_embd = row_shape(pair.spec, RAW)
-        self.raw_rows = np.random.default_rng(0).standard_normal((MICRO_BATCH, taps * n_embd), np.float32)
 
     def run(self, stored: str, kvs: Sequence[str], progress: Callable[[str], None]) -> list[Cell]:
         rows, dtype = split_storage(stored)
         cells = []
         with ExitStack() as stack:
-            mirror = stack.enter_context(self.pair.mirror(rows, dtype, self.cap))
-            waiting = stack.enter_context(self.pair.mirror(RAW, "f32", MICRO_BATCH)) if rows == FUSED else None
-            drafts = {kv: self.pair.draft(self.window, rows, kv) for kv in kvs}
-            for draft in drafts.values():
-                stack.callback(draft.close)
-            fusing = next(iter(drafts.values()))
-            filled = max(min(self.contexts) - self.cap, 0)
+            filled = Rows(stack, self.pair, rows, dtype, self.cap)
+            drafts = {kv: stack.enter_context(closing(self.pair.draft(self.window, rows, kv))) for kv in kvs}
             for context in self.contexts:
-                filled = max(filled, context - self.cap)
-                while filled < context:
-                    n = min(MICRO_BATCH, context - filled)
-                    self._add(mirror, waiting, fusing, filled, n)
-                    filled += n
+                filled.fill(context, next(iter(drafts.values())))
                 for kv, draft in drafts.items():
                     progress(f"{stored}, {kv}, window {self.window:,}, context {context:,}")
-                    cells.append(self._cell(stored, kv, draft, mirror, waiting, context))
-                    mirror.truncate(context)
+                    cells.append(self._cell(stored, kv, draft, filled, context))
+                    filled.truncate(context)
         return cells
 
-    def _add(self, mirror: FeatureMirror, waiting: FeatureMirror | None, draft: Draft, start: int, n: int) -> float:
-        """Rows arrive. Returns the seconds that fusing them took: their way from the target is no part of a draft step."""
-        sink = mirror if waiting is None else waiting
-        sink.write_rows(start=start, rows=self.raw_rows[:n])
-        started = time.perf_counter()
-        if waiting is not None:
-            draft.fuse(waiting, mirror, start=start, count=n)
-        return time.perf_counter() - started
-
-    def _cell(
-        self, stored: str, kv: str, draft: Draft, mirror: FeatureMirror, waiting: FeatureMirror | None, context: int
-    ) -> Cell:
-        block, n_past, took = self.pair.spec.block_size, context, []
-        attended = 0
+    def _cell(self, stored: str, kv: str, draft: Draft, filled: Rows, context: int) -> Cell:
         # The first step makes keys and values of the whole window, the second is the first of its shape.
         for _ in range(2):
-            self._add(mirror, waiting, draft, n_past, self.commit)
-            n_past += self.commit
-            draft.step(mirror, n_past=n_past, last_token=1, n_tokens=block - 1)
+            filled.step(draft, self.commit)
         draft.reset_times()
-        while len(took) < self.steps and (len(took) < 3 or sum(took) < MOST_S):
-            fused_s = self._add(mirror, waiting, draft, n_past, self.commit)
-            n_past += self.commit
-            started = time.perf_counter()
-            _, attended = draft.step(mirror, n_past=n_past, last_token=1, n_tokens=block - 1)
-            took.append(fused_s + time.perf_counter() - started)
-        if attended != min(self.window, n_past):
-            raise ArgumentError(f"a step attended to {attended} rows of {min(self.window, n_past)}")
+        took: list[float] = []
+        while len(took) < self.steps and (len(took) < 3 or sum(took) < 1e3 * MOST_S):
+            took.append(filled.step(draft, self.commit))
+        if filled.attended != min(self.window, filled.n_past):
+            raise ArgumentError(f"a step attended to {filled.attended} rows of {min(self.window, filled.n_past)}")
         t, n = draft.times(), len(took)
         return Cell(
             stored=stored,
             kv=kv,
             window=self.window,
             context=context,
-            attended=attended,
+            attended=filled.attended,
             steps=n,
-            step_ms=1e3 * median(took),
-            least_ms=1e3 * min(took),
+            step_ms=median(took),
+            least_ms=min(took),
             rows_ms=(t.read_ns + t.fuse_ns + t.project_ns) / n / 1e6,
             block_ms=t.block_ns / n / 1e6,
             rows_projected=t.rows_projected / n,
         )
 
 
-def attention_ms(pair: Pair, n_kv: int, kv: str, repeats: int = 20) -> float:
-    """The draft's flash attention alone, all layers, over ``n_kv`` keys and a block of queries, through ggml; the median."""
-    ggml, spec = _Ggml(), pair.spec
-    n_kv = -(-n_kv // 256) * 256
-    with ggml.context() as ctx:
+class Attention:
+    """The draft's flash attention alone, all layers, over ``n_kv`` keys and a block of queries, in a graph of nothing else."""
+
+    def __init__(self, stack: ExitStack, pair: Pair, n_kv: int, kv: str) -> None:
+        self._ggml, spec = _Ggml(), pair.spec
+        n_kv = -(-n_kv // 256) * 256
+        ctx = stack.enter_context(self._ggml.context())
         nodes = []
         for _ in range(spec.n_layer):
-            q = ggml.heads(ctx, "f32", spec.head_dim, spec.n_head, spec.block_size)
-            k, v = (ggml.heads(ctx, DRAFT_KV[kv], spec.head_dim, spec.n_head_kv, n_kv) for _ in range(2))
-            mask = ggml.tensor(ctx, "f16", n_kv, spec.block_size)
-            nodes.append(ggml.flash_attention(ctx, q, k, v, mask, spec.head_dim**-0.5))
-        with ggml.backend(pair.device, pair.threads) as backend, ggml.allocated(ctx, backend):
-            graph = ggml.graph(ctx, nodes)
-            took = []
-            for _ in range(repeats + 3):
-                started = time.perf_counter()
-                ggml.compute(backend, graph)
-                took.append(time.perf_counter() - started)
-    return 1e3 * median(took[3:])
+            q = self._ggml.heads(ctx, "f32", spec.head_dim, spec.n_head, spec.block_size)
+            k, v = (self._ggml.heads(ctx, DRAFT_KV[kv], spec.head_dim, spec.n_head_kv, n_kv) for _ in range(2))
+            mask = self._ggml.tensor(ctx, "f16", n_kv, spec.block_size)
+            nodes.append(self._ggml.flash_attention(ctx, q, k, v, mask, spec.head_dim**-0.5))
+        self._backend = stack.enter_context(self._ggml.backend(pair.device, pair.threads))
+        stack.enter_context(self._ggml.allocated(ctx, self._backend))
+        self._graph = self._ggml.graph(ctx, nodes)
+
+    def run(self) -> float:
+        """Milliseconds."""
+        started = time.perf_counter()
+        self._ggml.compute(self._backend, self._graph)
+        return 1e3 * (time.perf_counter() - started)
+
+
+def attention_ms(pair: Pair, n_kv: int, kv: str, repeats: int = 20) -> float:
+    """The median of :class:`Attention`."""
+    with ExitStack() as stack:
+        attention = Attention(stack, pair, n_kv, kv)
+        return median([attention.run() for _ in range(repeats + 3)][3:])
+
+
+@dataclass(frozen=True)
+class Growth:
+    """What a step takes at context ``last`` beyond one at ``first``, and what attention alone does; milliseconds, medians of ``pairs``
+    differences."""
+
+    stored: str
+    kv: str
+    first: int
+    last: int
+    pairs: int
+    first_ms: float
+    last_ms: float
+    step: Interval
+    attention: Interval
+    beyond: Interval
+
+    @property
+    def good(self) -> bool:
+        # Half a percent of a step is what medians of one machine differ by from run to run.
+        return self.beyond.value <= 0.005 * self.last_ms
+
+
+def measure_growth(
+    pair: Pair, stored: str, kvs: Sequence[str], first: int, last: int, window: int, pairs: int, commit: int
+) -> list[Growth]:
+    """Over the full window, for each type of keys and values."""
+    rows, dtype = split_storage(stored)
+    found = []
+    with ExitStack() as stack:
+        room = len(kvs) * (pairs + 2) * commit + pair.spec.block_size
+        filled = [Rows(stack, pair, rows, dtype, context + room) for context in (first, last)]
+        fusing = stack.enter_context(closing(pair.draft(pair.spec.block_size, rows, "f16")))
+        for each, context in zip(filled, (first, last), strict=True):
+            each.fill(context, fusing)
+        for kv in kvs:
+            with ExitStack() as inner:
+                drafts = [inner.enter_context(closing(pair.draft(window, rows, kv))) for _ in filled]
+                alone = [Attention(inner, pair, n + pair.spec.block_size, kv) for n in (first, last)]
+                took = np.array(
+                    [
+                        [
+                            *(each.step(draft, commit) for each, draft in zip(filled, drafts, strict=True)),
+                            *(a.run() for a in alone),
+                        ]
+                        for _ in range(pairs + 2)
+                    ]
+                )[2:]
+            steps, attention = took[:, 1] - took[:, 0], took[:, 3] - took[:, 2]
+            found.append(
+                Growth(
+                    stored=stored,
+                    kv=kv,
+                    first=first,
+                    last=last,
+                    pairs=pairs,
+                    first_ms=float(np.median(took[:, 0])),
+                    last_ms=float(np.median(took[:, 1])),
+                    step=median_interval(steps),
+                    attention=median_interval(attention),
+                    beyond=median_interval(steps - attention),
+                )
+            )
+    return found
 
 
 class _Ggml:
@@ -435,6 +533,9 @@ def time_command(
     kvs: Annotated[str, typer.Option("--draft-kv", help="Of f16, q8_0, off.")] = "f16,q8_0,off",
     windows: Annotated[str, typer.Option("--draft-windows", help="Rows attended to; 0: the largest context.")] = "0",
     steps: Annotated[int, typer.Option(help="Steps per cell.", min=3)] = 30,
+    pairs: Annotated[
+        int, typer.Option(help="Steps at either context for what a step grows by; 0: leave it out.", min=0)
+    ] = 60,
     commit: Annotated[int, typer.Option(help="Rows that arrive between steps.", min=1)] = 4,
     llama_server: Annotated[Path | None, typer.Option(help="llama.cpp's llama-server; compare with it.")] = None,
     continued: Annotated[
@@ -454,6 +555,7 @@ def time_command(
     ours = [_storage_and_kv(text) for text in continued.split(",")]
     log = Console(stderr=True)
     cells: list[Cell] = []
+    grown: list[Growth] = []
     alone: dict[str, dict[int, float]] = {}
     with opened(model, draft, n_gpu_layers, threads) as pair:
         n_vocab, n_draft, where = pair.llm.n_vocab(), pair.spec.block_size - 1, describe(threads)
@@ -461,6 +563,13 @@ def time_command(
             sweep = Sweep(pair, window or max(wanted) + pair.spec.block_size, wanted, steps, commit)
             for each in stored:
                 cells += sweep.run(each, kv_types, lambda text: log.print(text, style="dim"))
+        kept = [kv for kv in kv_types if kv != "off"]
+        if pairs and kept and len(wanted) > 1:
+            for each in stored:
+                log.print(f"{each}: {wanted[0]:,} beside {wanted[-1]:,}", style="dim")
+                grown += measure_growth(
+                    pair, each, kept, wanted[0], wanted[-1], wanted[-1] + pair.spec.block_size, pairs, commit
+                )
         for kv in dict.fromkeys(DRAFT_KV[kv] for kv in kv_types):
             alone[kv] = {n: attention_ms(pair, n + pair.spec.block_size, kv) for n in wanted}
     texts: list[Continued] = []
@@ -480,7 +589,9 @@ def time_command(
     console = Console(width=None if Console().is_terminal else 200)
     console.print(f"{draft.name}; {where}; {commit} new rows a step; milliseconds, medians")
     _print_cells(cells, alone, wanted, console, markdown)
-    verdicts = [*_growth(cells, alone, wanted), *_beside_server(texts)]
+    if grown:
+        _print_growth(grown, console, markdown)
+    verdicts = [*_growth(grown), *_beside_server(texts)]
     if texts:
         _print_texts(texts, wanted, console, markdown)
     for verdict, good in verdicts:
@@ -492,6 +603,7 @@ def time_command(
             "commit": commit,
             "cells": [asdict(cell) for cell in cells],
             "attention_alone_ms": alone,
+            "growth": [asdict(g) for g in grown],
             "continued": [asdict(text) for text in texts],
             "goals": [{"goal": verdict, "met": good} for verdict, good in verdicts],
         }
@@ -500,23 +612,31 @@ def time_command(
         _plot_time(cells, alone, texts, plot_file)
 
 
-def _growth(
-    cells: Sequence[Cell], alone: dict[str, dict[int, float]], contexts: Sequence[int]
-) -> list[tuple[str, bool]]:
-    """Per storage and kv, over the full window: what a step grows by from the first context to the last, beside attention alone."""
-    out = []
-    widest = max(cell.window for cell in cells)
-    by = {(c.stored, c.kv, c.context): c for c in cells if c.window == widest}
-    for stored, kv in dict.fromkeys((c.stored, c.kv) for c in cells):
-        if kv == "off":
-            continue
-        first, last = by[stored, kv, contexts[0]], by[stored, kv, contexts[-1]]
-        grown = last.step_ms - first.step_ms
-        may = alone[DRAFT_KV[kv]][contexts[-1]] - alone[DRAFT_KV[kv]][contexts[0]]
-        # Half a percent of a step is what medians of one machine differ by from run to run.
-        good = grown <= may + 0.005 * last.step_ms
-        out.append((f"{stored}, {kv}: a step grows by {grown:.3f} ms, attention alone by {may:.3f}", good))
-    return out
+def _growth(grown: Sequence[Growth]) -> list[tuple[str, bool]]:
+    """What a step grows by from the first context to the last, beside attention alone."""
+    return [
+        (f"{g.stored}, {g.kv}: a step grows by {g.beyond} ms more than attention alone, of {g.last_ms:.3f} ms", g.good)
+        for g in grown
+    ]
+
+
+def _print_growth(grown: Sequence[Growth], console: Console, markdown: bool) -> None:
+    table = Table(box=box.MARKDOWN if markdown else box.SIMPLE_HEAD)
+    first, last = grown[0].first, grown[0].last
+    for name in (
+        "mirror",
+        "draft K, V",
+        f"step at {first:,}",
+        f"at {last:,}",
+        "grows by",
+        "attention alone by",
+        "beyond it",
+    ):
+        table.add_column(name, justify="left" if name in ("mirror", "draft K, V") else "right", no_wrap=True)
+    for g in grown:
+        steps = f"{g.first_ms:.3f}", f"{g.last_ms:.3f}"
+        table.add_row(g.stored, g.kv, *steps, str(g.step), str(g.attention), str(g.beyond))
+    console.print(table)
 
 
 def _beside_server(texts: Sequence[Continued]) -> list[tuple[str, bool]]:
@@ -669,6 +789,45 @@ def measure_memory(pair: Pair, theirs: LlamaDraft, n_ctx: int, windows: Sequence
     return taken
 
 
+@dataclass(frozen=True)
+class BesideLlama:
+    """All that drafting takes besides weights: our mirror with the draft's keys and values, and llama.cpp's draft context; bytes."""
+
+    n_ctx: int
+    stored: str
+    kv: str
+    window: str
+    ours: int
+    theirs: int
+
+
+def beside_llama(taken: Sequence[Taken]) -> list[BesideLlama]:
+    """Fused rows with each window and type of keys and values, where all was measured soundly."""
+    out = []
+    for n_ctx in dict.fromkeys(t.n_ctx for t in taken):
+        here = [t for t in taken if t.n_ctx == n_ctx and t.sound]
+        theirs = {t.what.rsplit(", ", 1)[1]: t.measured for t in here if t.what.startswith("llama.cpp")}
+        for mirror in here:
+            if not mirror.what.startswith("mirror, fused"):
+                continue
+            stored = mirror.what.split(", ", 1)[1]
+            for keys in (t for t in here if t.what.startswith("draft K and V")):
+                kv, window = keys.what.rsplit(", ", 1)[1], keys.detail.rsplit(", ", 1)[0]
+                if kv in theirs:
+                    out.append(BesideLlama(n_ctx, stored, kv, window, mirror.measured + keys.measured, theirs[kv]))
+    return out
+
+
+def _print_beside_llama(taken: Sequence[Taken], console: Console, markdown: bool) -> None:
+    table = Table(box=box.MARKDOWN if markdown else box.SIMPLE_HEAD)
+    for name in ("positions", "mirror", "draft K, V", "of", "mirror + K, V", "llama.cpp's context", "ratio"):
+        table.add_column(name, justify="left" if name in ("mirror", "draft K, V", "of") else "right", no_wrap=True)
+    for b in beside_llama(taken):
+        sizes = format_bytes(b.ours), format_bytes(b.theirs), f"{b.ours / b.theirs:.3f}"
+        table.add_row(f"{b.n_ctx:,}", b.stored, b.kv, b.window, *sizes)
+    console.print(table)
+
+
 def _read_back(mirror: FeatureMirror, draft: Draft) -> None:
     mirror.write_rows(start=0, rows=np.zeros((4, mirror.width), np.float32))
     draft.step(mirror, n_past=4, last_token=1, n_tokens=draft.spec.block_size - 1)
@@ -707,6 +866,7 @@ def memory_command(
         sizes = format_bytes(t.formula), f"{t.measured:,}", format_bytes(t.measured)
         table.add_row(f"{t.n_ctx:,}", t.what, t.detail, *sizes, ratio)
     console.print(table)
+    _print_beside_llama(taken, console, markdown)
     limits = {"mirror, fused:q4_0": 0.85 * GIB, "mirror, fused:q8_0": 1.5 * GIB}
     verdicts = [
         (
@@ -715,6 +875,13 @@ def memory_command(
         )
         for t in taken
         if t.n_ctx == max(wanted) and t.what in limits
+    ]
+    verdicts += [
+        (
+            f"{b.n_ctx:,} positions, {b.stored} and {b.kv}, {b.window}: {format_bytes(b.ours)}, llama.cpp {format_bytes(b.theirs)}",
+            b.ours < b.theirs,
+        )
+        for b in beside_llama(taken)
     ]
     for verdict, good in verdicts:
         console.print(f"{'[green]PASS' if good else '[red]FAIL'}[/] {verdict}")

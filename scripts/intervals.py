@@ -1,4 +1,4 @@
-"""Bootstrap intervals over prompts, and the gate that judges them."""
+"""Bootstrap intervals over prompts or repetitions, and the gate that judges them."""
 
 from __future__ import annotations
 
@@ -55,6 +55,15 @@ def ratio_difference(
     value = float(difference(*(column.sum() for column in columns)))
     low, high = np.percentile(difference(*(column[chosen].sum(axis=1) for column in columns)), [2.5, 97.5])
     return Interval(value, float(low), float(high))
+
+
+def median_interval(values: npt.ArrayLike) -> Interval:
+    """The median of one-dimensional ``values``, one at least."""
+    column = np.asarray(values, np.float64)
+    if column.ndim != 1 or not column.size:
+        raise ValueError(f"values of shape {column.shape}; one dimension with one value at least was expected")
+    low, high = np.percentile(np.median(column[draws(len(column))], axis=1), [2.5, 97.5])
+    return Interval(float(np.median(column)), float(low), float(high))
 
 
 PASS, OPEN, FAIL = "pass", "open", "FAIL"

@@ -11,9 +11,21 @@ from typer.testing import CliRunner
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 
-from bench_context import Cell, Continued, _beside_server, _growth, _steps, app, draft_calls
+from bench_context import (
+    BesideLlama,
+    Continued,
+    Growth,
+    Taken,
+    _beside_server,
+    _growth,
+    _steps,
+    app,
+    beside_llama,
+    draft_calls,
+)
 from decoding import load
 from dflash.pair import take
+from intervals import Interval
 from synthetic_pair import Shape, write_pair
 
 from ggml_mirror.dflash import DFlashLlama
@@ -48,7 +60,16 @@ def test_a_synthetic_pair_drafts(kind: str, tmp_path: Path) -> None:
 
 def test_time_over_contexts(models: tuple[Path, Path], tmp_path: Path) -> None:
     flags = ["-m", str(models[0]), "-md", str(models[1]), "-t", "1", "--contexts", "40,700", "--steps", "3"]
-    more = ["--stored", "q8_0,fused:q4_0", "--draft-windows", "0,100", "--json", str(tmp_path / "t.json")]
+    more = [
+        "--stored",
+        "q8_0,fused:q4_0",
+        "--pairs",
+        "3",
+        "--draft-windows",
+        "0,100",
+        "--json",
+        str(tmp_path / "t.json"),
+    ]
     done = CliRunner().invoke(app, ["time", *flags, *more, "--plot", str(tmp_path / "t.svg")])
     assert done.exit_code == 0, (done.output, done.exception)
     found = json.loads((tmp_path / "t.json").read_text())
@@ -59,6 +80,13 @@ def test_time_over_contexts(models: tuple[Path, Path], tmp_path: Path) -> None:
         assert cell["attended"] == rows
         assert cell["rows_projected"] == (4 if kv != "off" else pytest.approx(rows, abs=4))
         assert 0 < cell["block_ms"] and cell["least_ms"] <= cell["step_ms"]
+    assert [(g["stored"], g["kv"]) for g in found["growth"]] == [
+        (stored, kv) for stored in ("q8_0", "fused:q4_0") for kv in ("f16", "q8_0")
+    ]
+    for g in found["growth"]:
+        assert (g["first"], g["last"], g["pairs"]) == (40, 700, 3) and 0 < g["attention"]["value"]
+        for part in ("step", "attention", "beyond"):
+            assert g[part]["low"] <= g[part]["value"] <= g[part]["high"]
     assert set(found["attention_alone_ms"]) == {"f16", "q8_0"} and (tmp_path / "t.svg").stat().st_size > 1000
 
 
@@ -77,6 +105,19 @@ def test_memory_of_each_thing(models: tuple[Path, Path], tmp_path: Path) -> None
     assert formula["draft K and V, q8_0"] == 512 * SHAPE.kv_values * 34 // 32
 
 
+def test_memory_beside_llama() -> None:
+    """Fused mirrors and keys of the same type and positions, and nothing that was measured beside other processes."""
+    taken = [
+        Taken(512, "mirror, q8_0", "528 rows, staging", 10, 20),
+        Taken(512, "mirror, fused:q8_0", "528 rows, staging", 10, 30),
+        Taken(512, "draft K and V, f16", "window 512, scratch", 10, 40),
+        Taken(512, "draft K and V, q8_0", "window 512, scratch", 10, 9),
+        Taken(512, "llama.cpp draft context, f16", "n_ctx 512, scratch", 10, 60),
+        Taken(2048, "llama.cpp draft context, f16", "n_ctx 2,048, scratch", 10, 50),
+    ]
+    assert beside_llama(taken) == [BesideLlama(512, "fused:q8_0", "f16", "window 512", 70, 60)]
+
+
 def test_what_llama_server_says_of_its_draft() -> None:
     line = (
         "0.00.348.850 I spec common_specu: statistics     draft-dflash: #calls(b,g,a) =    2     11     11, "
@@ -89,12 +130,11 @@ def test_what_llama_server_says_of_its_draft() -> None:
 
 
 def test_verdicts() -> None:
-    def cell(context: int, ms: float) -> Cell:
-        return Cell("f32", "f16", 2048, context, context, 5, ms, ms, 0.1, ms, 4)
+    def growth(step: float, attention: float) -> Growth:
+        exactly = [Interval(ms, ms, ms) for ms in (step, attention, step - attention)]
+        return Growth("f32", "f16", 512, 2048, 9, 1.0, 1.0 + step, *exactly)
 
-    alone = {"f16": {512: 0.1, 2048: 0.5}}
-    assert [good for _, good in _growth([cell(512, 1.0), cell(2048, 1.3)], alone, [512, 2048])] == [True]
-    assert [good for _, good in _growth([cell(512, 1.0), cell(2048, 1.6)], alone, [512, 2048])] == [False]
+    assert [good for _, good in _growth([growth(0.3, 0.4), growth(0.6, 0.4)])] == [True, False]
     texts = [
         Continued("fused:q4_0, f16", 512, 9, 0, 2.0, 0.9), Continued("llama-server, f16", 512, 9, 0, 3.0, 1.0),
         Continued("llama-server, q8_0", 512, 9, 0, 3.0, 0.1),

@@ -11,7 +11,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 
 from decoding import Counts, count_steps, first_difference
-from intervals import FAIL, OPEN, PASS, Interval, gate, ratio, ratio_difference
+from intervals import FAIL, OPEN, PASS, Interval, gate, median_interval, ratio, ratio_difference
 
 
 def test_interval_of_a_mean_is_the_normal_one() -> None:
@@ -22,6 +22,19 @@ def test_interval_of_a_mean_is_the_normal_one() -> None:
     assert got.value == pytest.approx(10)
     assert got.low == pytest.approx(10 - 0.098, abs=0.006)
     assert got.high == pytest.approx(10 + 0.098, abs=0.006)
+
+
+def test_interval_of_a_median() -> None:
+    # The median of n normal values deviates by sqrt(pi / 2 / n): 1.96 * 0.0627 to each side.
+    values = np.random.default_rng(6).standard_normal(400)
+    got = median_interval(values - np.median(values) + 10)
+    assert got.value == pytest.approx(10)
+    assert got.high - got.low == pytest.approx(2 * 1.96 * 0.0627, rel=0.35)
+    assert median_interval([3.0]) == Interval(3.0, 3.0, 3.0)
+    assert median_interval([1.0, 1.0, 1.0, 1.0, 900.0]).value == 1.0
+    for nothing in ([], [[1.0]]):
+        with pytest.raises(ValueError, match="one dimension"):
+            median_interval(nothing)
 
 
 def test_same_data_give_the_same_interval() -> None:
