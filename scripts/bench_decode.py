@@ -35,6 +35,7 @@ loads, so that both sides run the same kernels:
 
 from __future__ import annotations
 
+import http.client
 import json
 import socket
 import subprocess
@@ -148,9 +149,17 @@ class LlamaServer:
             f"{self._url}/completion", json.dumps(asked).encode(), {"Content-Type": "application/json"}
         )
         started = time.perf_counter()
-        with urllib.request.urlopen(request, timeout=600) as answer:
-            got = json.load(answer)
+        try:
+            with urllib.request.urlopen(request, timeout=600) as answer:
+                got = json.load(answer)
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise ArgumentError(f"{self.command[0]} gave no answer ({error}){self._last_words()}") from error
         return generation_of(got, len(tokens), time.perf_counter() - started)
+
+    def _last_words(self) -> str:
+        """Why it ended, where it tells: ggml names the assertion that failed."""
+        said = [line for line in self.log().splitlines() if "GGML_ASSERT" in line or "error" in line.lower()]
+        return f"; the last error in its log: {said[-1].strip()}" if said else "; its log tells of no error"
 
     def close(self) -> None:
         self._process.terminate()
