@@ -15,8 +15,8 @@ differences, with bootstrap intervals.
 With --llama-server (see bench_decode.py for how to build it), the same random prompts of each context are then continued by
 llama-server and by DFlashLlama, -n tokens each, over the whole context. llama-server's own statistics time its draft call alone, without
 the rows that it puts into its draft cache after each verification; "step" is all of a step, verification included, on both sides (near
-the end of a text, llama-server verifies no more tokens than are wanted). Our first step of a text is left out, in which the keys and values
-of the prompt are made; llama-server makes them with the prompt.
+the end of a text, llama-server verifies no more tokens than are wanted). In our first step of a text the keys and values of the prompt are
+made, which llama-server makes with the prompt: what it takes more than the others is counted as "prefill" on our side.
 
 `memory` reads the device's free memory before and after each allocation: the mirror with its staging; the draft's keys, values and
 scratch; llama.cpp's draft context (keys, values, scratch). Weights are in none of them. On a CPU the figures mean little: other
@@ -418,12 +418,13 @@ class _InitParams(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Continued:
-    """One random prompt continued: milliseconds per step. ``draft_ms`` of llama-server: its draft call alone."""
+    """One random prompt continued: milliseconds of the prefill, and per step. ``draft_ms`` of llama-server: its draft call alone."""
 
     who: str
     context: int
     steps: int
     accepted: int
+    prefill_ms: float
     step_ms: float
     draft_ms: float
 
@@ -469,6 +470,7 @@ def continue_by_server(
                 context=context,
                 steps=steps,
                 accepted=got.counts.accepted,
+                prefill_ms=1e3 * (got.wall_s - got.decode_s),
                 step_ms=1e3 * got.decode_s / steps,
                 draft_ms=(ms - before[1]) / max(calls - before[0], 1),
             )
@@ -476,10 +478,11 @@ def continue_by_server(
         server.close()
 
 
-def _steps(llm: DFlashLlama, prompt: list[int], n_predict: int) -> list[tuple[float, float]]:
-    """(seconds, of them drafting) of each step but the first, which makes keys and values of the whole prompt: llama.cpp does so as
-    it evaluates the prompt."""
+def _steps(llm: DFlashLlama, prompt: list[int], n_predict: int) -> tuple[float, list[tuple[float, float]]]:
+    """Seconds of the prefill; then (seconds, of them drafting) of each step but the first. That one makes keys and values of the
+    whole prompt, as llama.cpp does while it evaluates the prompt: what it takes more than the others counts as prefill."""
     llm.reset()
+    started = time.perf_counter()
     marks: list[tuple[int, float, float]] = []
     stream = llm.generate(prompt, temp=0.0, repeat_penalty=1.0)
     for n, _ in enumerate(stream, 1):
@@ -489,7 +492,9 @@ def _steps(llm: DFlashLlama, prompt: list[int], n_predict: int) -> list[tuple[fl
     stream.close()
     # A step is counted as the next one begins.
     firsts = [mark for before, mark in pairwise(marks) if mark[0] > before[0]]
-    return [(b[1] - a[1], b[2] - a[2]) for a, b in pairwise(firsts)]
+    steps = [(b[1] - a[1], b[2] - a[2]) for a, b in pairwise(firsts)]
+    first_token, first_step = marks[0][1] - started, (firsts[0][1] - marks[0][1] if firsts else 0.0)
+    return first_token + max(first_step - median([whole for whole, _ in steps] or [first_step]), 0.0), steps
 
 
 def continue_by_us(
@@ -500,12 +505,13 @@ def continue_by_us(
     try:
         _steps(llm, next(iter(prompts.values()))[:MICRO_BATCH], 8)
         for context, prompt in prompts.items():
-            steps = _steps(llm, prompt, n_predict)
+            prefill_s, steps = _steps(llm, prompt, n_predict)
             yield Continued(
                 who=f"{stored}, {kv}",
                 context=context,
                 steps=len(steps),
                 accepted=llm.stats.accepted,
+                prefill_ms=1e3 * prefill_s,
                 step_ms=1e3 * sum(whole for whole, _ in steps) / len(steps),
                 draft_ms=1e3 * sum(drafting for _, drafting in steps) / len(steps),
             )
@@ -669,10 +675,13 @@ def _print_cells(
 
 def _print_texts(texts: Sequence[Continued], contexts: Sequence[int], console: Console, markdown: bool) -> None:
     table = Table(box=box.MARKDOWN if markdown else box.SIMPLE_HEAD)
-    for name in ("continued by", *(f"{what} at {n:,}" for n in contexts for what in ("draft", "step"))):
+    for name in ("continued by", *(f"{what} at {n:,}" for n in contexts for what in ("prefill", "draft", "step"))):
         table.add_column(name, justify="left" if name == "continued by" else "right", no_wrap=True)
     for who in dict.fromkeys(t.who for t in texts):
-        table.add_row(who, *(f"{ms:.3f}" for t in texts if t.who == who for ms in (t.draft_ms, t.step_ms)))
+        mine = [t for t in texts if t.who == who]
+        table.add_row(
+            who, *(text for t in mine for text in (f"{t.prefill_ms:.1f}", f"{t.draft_ms:.3f}", f"{t.step_ms:.3f}"))
+        )
     console.print(table)
 
 

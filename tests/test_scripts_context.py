@@ -52,7 +52,8 @@ def test_a_synthetic_pair_drafts(kind: str, tmp_path: Path) -> None:
     assert isinstance(llm, DFlashLlama)
     assert take(llm, range(40), 30, repeat_penalty=1.0) == expected and len(set(expected)) > 5
     assert llm.draft_spec.taps == (0, 1, 2) and llm.stats.draft_steps > 0
-    steps = _steps(llm, list(range(40)), 20)
+    prefill_s, steps = _steps(llm, list(range(40)), 20)
+    assert prefill_s > 0
     assert len(steps) == llm.stats.draft_steps - 2 or len(steps) == llm.stats.draft_steps - 1
     assert all(0 < drafting < whole for whole, drafting in steps)
     llm.close()
@@ -136,7 +137,7 @@ def test_verdicts() -> None:
 
     assert [good for _, good in _growth([growth(0.3, 0.4), growth(0.6, 0.4)])] == [True, False]
     texts = [
-        Continued("fused:q4_0, f16", 512, 9, 0, 2.0, 0.9), Continued("llama-server, f16", 512, 9, 0, 3.0, 1.0),
-        Continued("llama-server, q8_0", 512, 9, 0, 3.0, 0.1),
+        Continued("fused:q4_0, f16", 512, 9, 0, 8.0, 2.0, 0.9), Continued("llama-server, f16", 512, 9, 0, 8.0, 3.0, 1.0),
+        Continued("llama-server, q8_0", 512, 9, 0, 8.0, 3.0, 0.1),
     ]  # fmt: skip
     assert [good for _, good in _beside_server(texts)] == [True]
