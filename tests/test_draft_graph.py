@@ -16,6 +16,7 @@ from tiny_models import DRAFT_FORMATS, MASK, N_VOCAB, write_tiny_draft, write_ti
 
 from ggml_mirror import FeatureMirror, capture
 from ggml_mirror.capture import Hook
+from ggml_mirror.device import find_device
 from ggml_mirror.draft import Draft, DraftSpec, draft_bytes
 from ggml_mirror.errors import ArgumentError, ClosedError, ShapeError
 from ggml_mirror.gguf_file import GgufFile
@@ -534,6 +535,37 @@ def test_logits_stay_while_rows_are_fused(bench: Bench, plain: Path) -> None:
     assert context == 40
     draft.fuse(raw, fused, start=40, count=260)
     np.testing.assert_array_equal(draft.logits(), logits)
+
+
+@pytest.mark.parametrize("cap", [300, 130, 97])
+def test_rows_fused_where_they_lie_and_rows_that_are_read_are_the_same(cap: int, bench: Bench, plain: Path) -> None:
+    """Around the ring's end, in pieces and whole; those that are not F32 are read, a few at a time. None takes more memory."""
+    draft = bench.draft(plain, rows="fused")
+    said, rows = draft.bytes, rows_of(300).astype(np.float16).astype(np.float32)
+    fused = {}
+    for name, size, dtype in (("whole", 512, "f32"), ("wrapped", cap, "f32"), ("read", 512, "f16")):
+        raw, out = bench.mirror(cap=size, dtype=dtype), FeatureMirror(taps=1, n_embd=N_EMBD, cap=512, rows="fused")
+        bench.open.enter_context(out)
+        for start in range(170, 470, min(size, 100)):
+            n = min(470 - start, size, 100)
+            raw.write_rows(start=start, rows=rows[start - 170 : start - 170 + n])
+            before = draft.times().read_ns
+            draft.fuse(raw, out, start=start, count=n)
+            assert (draft.times().read_ns > before) == (dtype == "f16")
+        fused[name] = out.read(start=170, count=300)
+    np.testing.assert_array_equal(fused["wrapped"], fused["whole"])
+    np.testing.assert_array_equal(fused["read"], fused["whole"])
+    assert draft.bytes == said
+
+
+def test_rows_to_be_fused_take_no_scratch(tmp_path: Path) -> None:
+    """A draft of 32 taps, whose raw rows would outweigh all else."""
+    taps = 32
+    target = ModelInfo.read(write_tiny_model(tmp_path / "target.gguf", n_layer=taps + 1))
+    path = write_tiny_draft(tmp_path / "draft.gguf", taps=range(taps))
+    spec, cpu = DraftSpec.read(path, target), find_device("cpu").index
+    said = {r: draft_bytes(spec, n_vocab=N_VOCAB, device_index=cpu, window=400, rows=r) for r in ("raw", "fused")}
+    assert said["raw"].compute > 128 * taps * N_EMBD * 4 > said["fused"].compute > 0
 
 
 # ------------------------------------------------------------------------------------------------ bad input

@@ -162,7 +162,9 @@ void gm_draft::lay_out() {
     seem(this);
     size_.compute = std::max(scratch(build_project(most_project_rows()), main_.device),
                              scratch(build_block(params_.block_size, most_span(params_)), main_.device));
-    if (params_.fused_rows) size_.compute = std::max(size_.compute, scratch(build_fuse(kProjectRows), main_.device));
+    if (params_.fused_rows) {
+        size_.compute = std::max({ size_.compute, scratch(build_fuse(kProjectRows, true), main_.device), scratch(build_fuse(params_.block_size, false), main_.device) });
+    }
     if (head_.device) head_size_ = scratch(build_head(params_.block_size), head_.device);
     seem(nullptr);
     (head_.device ? head_size_ : size_.compute) += logits;
@@ -194,7 +196,11 @@ void gm_draft::allocate() {
         p->allocr.reset(ggml_gallocr_new(ggml_backend_dev_buffer_type(p->device)));
     }
     // The largest graphs now: what the device lacks shows here, memory or operations, and not in the middle of a text.
-    if (params_.fused_rows) fuse_graph(kProjectRows);
+    if (params_.fused_rows) {
+        fuse_graph(kProjectRows);
+        Graph read = build_fuse(params_.block_size, false);
+        place(read, main_);
+    }
     project_graph(most_project_rows());
     block_graph(params_.block_size, most_span(params_));
     if (head_.device) head_graph(params_.block_size);
@@ -335,17 +341,29 @@ void gm_draft::fuse(gm_mirror & raw, int64_t start, int64_t count, gm_mirror & f
     require_rows(fused, true);
     if (!params_.fused_rows) throw error(GM_ERR_ARGUMENT, "this draft was made for raw rows");
     for (int64_t done = 0, n; done < count; done += n) {
-        n         = std::min(kProjectRows, count - done);
-        Graph & g = fuse_graph(n);
-        {
+        const int64_t first = start + done;
+        // F32 rows are multiplied where they lie, up to the ring's end. Others are read, a block at a time: room for more would only be kept for them.
+        n = std::min({ kProjectRows, count - done, raw.cap() - first % raw.cap() });
+        Graph   read;
+        Graph * g    = nullptr;
+        void *  lies = raw.device() == main_.device ? raw.in_place(first, n) : nullptr;
+        if (lies) {
+            g               = &fuse_graph(n);
+            g->rows->data   = lies;
+            g->rows->buffer = raw.buffer();
+        } else {
             Stopwatch watch(times.read_ns);
-            raw.read_tensor(start + done, n, *g.rows);
+            n    = std::min<int64_t>(params_.block_size, count - done);
+            read = build_fuse(n, false);
+            place(read, main_);
+            raw.read_tensor(first, n, *read.rows);
+            g = &read;
         }
         Stopwatch watch(times.fuse_ns);
-        compute(g, main_);
+        compute(*g, main_);
         gm::RowSource source;
-        source.tensor = g.fused;
-        fused.write(0, start + done, n, source);
+        source.tensor = g->fused;
+        fused.write(0, first, n, source);
     }
 }
 

@@ -73,6 +73,7 @@ struct gm_draft {
 
     // draft_graphs.cpp
     Graph build_fuse(int64_t n);
+    Graph build_fuse(int64_t n, bool in_place);
     Graph build_project(int64_t n);
     Graph build_project(int64_t n, void * in_place, ggml_backend_buffer_t buffer);
     Graph build_block(int64_t n, int64_t n_kv);

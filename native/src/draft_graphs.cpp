@@ -82,10 +82,14 @@ ggml_tensor * gm_draft::fuse(ggml_context * ctx, ggml_tensor * rows) const {
     return norm(ctx, ggml_mul_mat(ctx, weights_.fc, rows), weights_.hidden_norm);
 }
 
-gm_draft::Graph gm_draft::build_fuse(int64_t n) {
+// in_place: g.rows has no memory of its own, fuse() says where it lies.
+gm_draft::Graph gm_draft::build_fuse(int64_t n) { return build_fuse(n, true); }
+
+gm_draft::Graph gm_draft::build_fuse(int64_t n, bool in_place) {
     Graph          g   = empty_graph(nodes_of(0));
     ggml_context * ctx = g.ctx.get();
     g.rows             = input(ggml_new_tensor_2d(ctx, GGML_TYPE_F32, int64_t(params_.n_taps) * params_.n_embd_target, n), "target_hidden_cat");
+    if (in_place) g.rows->data = this;  // not null: it is not given any
     g.fused            = fuse(ctx, g.rows);
     ggml_set_output(g.fused);
     ggml_build_forward_expand(g.graph, g.fused);

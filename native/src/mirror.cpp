@@ -277,6 +277,7 @@ uint64_t gm_mirror::exchanged() {
 }
 
 void * gm_mirror::in_place(int64_t start, int64_t count) {
+    check_range(start, count);
     std::lock_guard<std::mutex> lock(mutex_);
     slots_.require(start, count);
     return dtype_.type == GGML_TYPE_F32 && slots_.runs(start, count).n == 1 ? host_row(slots_.slot(start)) : nullptr;
