@@ -13,7 +13,7 @@ using gm::Stopwatch;
 
 namespace {
 
-constexpr int64_t kProjectRows = 256;  // rows per projection graph
+constexpr int64_t kProjectRows = 128;  // rows per projection graph
 constexpr int64_t kKvStep      = 256;  // attention spans begin and grow by this much, so that graphs are reused between steps
 
 const gm_draft_params & checked(const gm_draft_params & p) {
