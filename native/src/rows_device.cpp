@@ -17,6 +17,16 @@ uint64_t DeviceRows::staging_bytes(int64_t width, int64_t cap) {
     return 4 * rows * uint64_t(width) * sizeof(float) + rows * (sizeof(int64_t) + 2 * sizeof(int32_t)) + 4096;
 }
 
+ggml_backend_buffer_ptr take_staging(ggml_backend_dev_t device, uint64_t bytes) {
+    ggml_backend_buffer_ptr buffer(ggml_backend_buft_alloc_buffer(ggml_backend_dev_buffer_type(device), bytes));
+    if (!buffer) {
+        const uint64_t free = device_memory_free(device);
+        throw error(GM_ERR_MEMORY, "rows cross to or from device %s through %llu bytes of staging, for which it has no room (%llu free)",
+                    ggml_backend_dev_name(device), (unsigned long long) bytes, (unsigned long long) free).bytes(bytes, free);
+    }
+    return buffer;
+}
+
 RowSource RowSource::skip(int64_t rows) const {
     RowSource rest = *this;
     if (host) rest.host = reinterpret_cast<const float *>(reinterpret_cast<const char *>(host) + uint64_t(rows) * stride);
@@ -61,17 +71,26 @@ DeviceRows::DeviceRows(ggml_backend_dev_t device, const Dtype & dtype, ggml_tens
                     ggml_backend_dev_name(device), support.capture ? "read" : "capture", dtype.name, taps, (long long) (ring->ne[0] / taps));
     }
     backend_ = start_backend(device, n_threads);
-    staging_ctx_.reset(ggml_init({ 4 * ggml_tensor_overhead(), nullptr, true }));
-    rows_    = ggml_new_tensor_2d(staging_ctx_.get(), GGML_TYPE_F32, ring->ne[0], chunk_);
-    slots_   = ggml_new_tensor_1d(staging_ctx_.get(), GGML_TYPE_I64, chunk_);
-    indices_ = ggml_new_tensor_1d(staging_ctx_.get(), GGML_TYPE_I32, chunk_);
-    staging_.reset(ggml_backend_alloc_ctx_tensors(staging_ctx_.get(), backend_.get()));
-    if (!staging_) {
-        throw error(GM_ERR_MEMORY, "device %s has no room for %llu bytes of staging", ggml_backend_dev_name(device),
-                    (unsigned long long) staging_bytes(ring->ne[0], ring->ne[1]))
-            .bytes(staging_bytes(ring->ne[0], ring->ne[1]), device_memory_free(device));
+    ctx_.reset(ggml_init({ 2 * ggml_tensor_overhead(), nullptr, true }));
+    slots_   = ggml_new_tensor_1d(ctx_.get(), GGML_TYPE_I64, chunk_);
+    indices_ = ggml_new_tensor_1d(ctx_.get(), GGML_TYPE_I32, chunk_);
+    buffer_.reset(ggml_backend_alloc_ctx_tensors(ctx_.get(), backend_.get()));
+    if (!buffer_) {
+        const uint64_t bytes = uint64_t(chunk_) * (sizeof(int64_t) + sizeof(int32_t));
+        throw error(GM_ERR_MEMORY, "device %s has no room for the numbers of %lld slots", ggml_backend_dev_name(device), (long long) chunk_)
+            .bytes(bytes, device_memory_free(device));
     }
+    staging_ctx_.reset(ggml_init({ ggml_tensor_overhead(), nullptr, true }));
+    rows_ = ggml_new_tensor_2d(staging_ctx_.get(), GGML_TYPE_F32, ring->ne[0], chunk_);
     allocr_.reset(ggml_gallocr_new(ggml_backend_get_default_buffer_type(backend_.get())));
+}
+
+void DeviceRows::take_rows() {
+    if (staging_) return;
+    staging_ = take_staging(device_, ggml_backend_buft_get_alloc_size(ggml_backend_dev_buffer_type(device_), rows_));
+    if (ggml_backend_tensor_alloc(staging_.get(), rows_, ggml_backend_buffer_get_base(staging_.get())) != GGML_STATUS_SUCCESS) {
+        throw error(GM_ERR_BACKEND, "device %s cannot place rows in its staging", ggml_backend_dev_name(device_));
+    }
 }
 
 void DeviceRows::compute(ggml_cgraph * graph) {
@@ -94,6 +113,12 @@ static ggml_tensor * leaf(ggml_context * ctx, int64_t width, int64_t count, uint
     return t;
 }
 
+// Room in staging for rows of this width.
+ggml_tensor * DeviceRows::staged(ggml_context * ctx, int64_t width, int64_t count) {
+    take_rows();
+    return leaf(ctx, width, count, uint64_t(width) * sizeof(float), rows_->data, rows_->buffer);
+}
+
 // The source rows as a tensor that this device can compute on; copied to staging only if they lie elsewhere.
 ggml_tensor * DeviceRows::source_leaf(ggml_context * ctx, const RowSource & source, int64_t width, int64_t count, Bus & bus) {
     const uint64_t row       = uint64_t(width) * sizeof(float);
@@ -109,7 +134,7 @@ ggml_tensor * DeviceRows::source_leaf(ggml_context * ctx, const RowSource & sour
         if (!ggml_backend_buffer_is_host(buffer)) {
             // Another device: one copy of the whole run into staging, by the devices themselves where they can.
             ggml_tensor * from = leaf(ctx, width, count, t->nb[1], data, buffer);
-            ggml_tensor * to   = leaf(ctx, width, count, row, rows_->data, rows_->buffer);
+            ggml_tensor * to   = staged(ctx, width, count);
             if (t->nb[1] == row) {
                 ggml_backend_tensor_copy(from, to);
             } else {
@@ -126,7 +151,7 @@ ggml_tensor * DeviceRows::source_leaf(ggml_context * ctx, const RowSource & sour
     }
     void * data = const_cast<float *>(host);
     if (host_ring) return leaf(ctx, width, count, stride, data, ring_->buffer);
-    ggml_tensor * to = leaf(ctx, width, count, row, rows_->data, rows_->buffer);
+    ggml_tensor * to = staged(ctx, width, count);
     if (stride == row) {
         ggml_backend_tensor_set(to, data, 0, row * uint64_t(count));
     } else {
@@ -236,6 +261,7 @@ void DeviceRows::read_host(int64_t start, int64_t count, float * rows, Bus & bus
         if (ggml_backend_buffer_is_host(ring_->buffer)) {
             read_chunk(start + i, n, rows + i * width, ring_->buffer);
         } else {
+            take_rows();
             read_chunk(start + i, n, rows_->data, rows_->buffer);
             ggml_backend_tensor_get(rows_, rows + i * width, 0, bytes);
             bus.to_host(bytes);

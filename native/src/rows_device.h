@@ -4,8 +4,6 @@
 #include "rows.h"
 
 #include "ggml-alloc.h"
-#include "ggml-backend.h"
-#include "ggml-cpp.h"
 
 namespace gm {
 
@@ -25,6 +23,8 @@ class DeviceRows final : public Rows {
 
   private:
     void          compute(ggml_cgraph * graph);
+    void          take_rows();
+    ggml_tensor * staged(ggml_context * ctx, int64_t width, int64_t count);
     ggml_tensor * source_leaf(ggml_context * ctx, const RowSource & source, int64_t width, int64_t count, Bus & bus);
     void          write_chunk(int32_t tap, int64_t start, int64_t count, const RowSource & source, Tally * tallies, Bus & bus);
     void          read_chunk(int64_t start, int64_t count, void * data, ggml_backend_buffer_t buffer);
@@ -35,11 +35,11 @@ class DeviceRows final : public Rows {
     int32_t                 taps_;
     int64_t                 chunk_;   // rows per graph
     ggml_backend_ptr        backend_;
-    ggml_context_ptr        staging_ctx_;
-    ggml_backend_buffer_ptr staging_;
-    ggml_tensor *           rows_;    // F32 [width, chunk]
+    ggml_context_ptr        ctx_, staging_ctx_;
+    ggml_backend_buffer_ptr buffer_, staging_;
     ggml_tensor *           slots_;   // I64 [chunk], for set_rows
     ggml_tensor *           indices_; // I32 [chunk], for get_rows
+    ggml_tensor *           rows_;    // F32 [width, chunk]; see take_rows
     ggml_gallocr_ptr        allocr_;
 };
 

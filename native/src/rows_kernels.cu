@@ -86,6 +86,7 @@ class KernelRows final : public Rows {
     };
     bool  is_here(const ggml_tensor * t) const;
     Place stage(const RowSource & source, int64_t width, int64_t count, Bus & bus);
+    float * staged();
     void  copy_rows(const void * from, uint64_t stride, uint64_t row, int64_t count);
     void  capture(int32_t first_tap, int32_t n_taps, int64_t start, int64_t count, const char ** source, uint64_t row_stride);
     void  read(int64_t start, int64_t count, float * rows);
@@ -98,8 +99,7 @@ class KernelRows final : public Rows {
     const Kernels &         kernels_;
     RingPlace               place_;
     int64_t                 chunk_;   // rows that fit into the staging
-    ggml_backend_buffer_ptr staging_;
-    float *                 staged_   = nullptr;
+    ggml_backend_buffer_ptr counts_, staging_;
     Counters *              counters_ = nullptr;  // [kMaxTaps], device memory
     int                     ordinal_  = 0;        // of the device, in the runtime's numbering
     cudaStream_t            stream_   = nullptr;
@@ -109,15 +109,13 @@ KernelRows::KernelRows(ggml_backend_dev_t device, const Dtype & dtype, ggml_tens
     : device_(device), dtype_(dtype), kernels_(*kernels_of(dtype.type)),
       place_{ static_cast<char *>(ring->data), ring->nb[1], ring->ne[0] / taps, taps, ring->ne[1] }, chunk_(staged_rows(ring->ne[0], ring->ne[1])) {
     if (place_.n_embd > INT32_MAX) throw error(GM_ERR_WIDTH, "n_embd is %lld; kernels take up to %d values", (long long) place_.n_embd, INT32_MAX);
-    const uint64_t bytes = row_kernels_staging_bytes(width(), place_.cap);
-    staging_.reset(ggml_backend_buft_alloc_buffer(ggml_backend_dev_buffer_type(device), bytes));
-    if (!staging_) {
-        throw error(GM_ERR_MEMORY, "device %s has no room for %llu bytes of staging", ggml_backend_dev_name(device), (unsigned long long) bytes)
+    const uint64_t bytes = kMaxTaps * sizeof(Counters);
+    counts_.reset(ggml_backend_buft_alloc_buffer(ggml_backend_dev_buffer_type(device), bytes));
+    if (!counts_) {
+        throw error(GM_ERR_MEMORY, "device %s has no room for %llu bytes of counts", ggml_backend_dev_name(device), (unsigned long long) bytes)
             .bytes(bytes, device_memory_free(device));
     }
-    char * base = static_cast<char *>(ggml_backend_buffer_get_base(staging_.get()));
-    counters_   = reinterpret_cast<Counters *>(base);
-    staged_     = reinterpret_cast<float *>(base + kMaxTaps * sizeof(Counters));
+    counters_ = static_cast<Counters *>(ggml_backend_buffer_get_base(counts_.get()));
 
     // ggml numbers its devices in its own way; the memory it gave knows where it is.
     cudaPointerAttributes where{};
@@ -153,16 +151,22 @@ bool KernelRows::is_here(const ggml_tensor * t) const {
     return !ggml_backend_buffer_is_host(buffer) && ggml_backend_buft_get_device(ggml_backend_buffer_get_type(buffer)) == device_;
 }
 
+float * KernelRows::staged() {
+    if (!staging_) staging_ = take_staging(device_, uint64_t(chunk_) * uint64_t(width()) * sizeof(float));
+    return static_cast<float *>(ggml_backend_buffer_get_base(staging_.get()));
+}
+
 // Rows of host memory, or of another device, to the staging.
 void KernelRows::copy_rows(const void * from, uint64_t stride, uint64_t row, int64_t count) {
+    float * const to = staged();
     if (stride == row || count == 1) {
-        check(cudaMemcpyAsync(staged_, from, row * uint64_t(count), cudaMemcpyDefault, stream_), "copy rows to the device");
+        check(cudaMemcpyAsync(to, from, row * uint64_t(count), cudaMemcpyDefault, stream_), "copy rows to the device");
     } else if (stride > row && stride <= uint64_t(INT32_MAX)) {
-        check(cudaMemcpy2DAsync(staged_, row, from, stride, row, size_t(count), cudaMemcpyDefault, stream_), "copy rows to the device");
+        check(cudaMemcpy2DAsync(to, row, from, stride, row, size_t(count), cudaMemcpyDefault, stream_), "copy rows to the device");
     } else {
         // Rows that overlap, or lie further apart than the runtime can count: one by one.
         for (int64_t i = 0; i < count; ++i) {
-            check(cudaMemcpyAsync(reinterpret_cast<char *>(staged_) + uint64_t(i) * row, static_cast<const char *>(from) + uint64_t(i) * stride, row,
+            check(cudaMemcpyAsync(reinterpret_cast<char *>(to) + uint64_t(i) * row, static_cast<const char *>(from) + uint64_t(i) * stride, row,
                                   cudaMemcpyDefault, stream_), "copy rows to the device");
         }
     }
@@ -189,12 +193,12 @@ KernelRows::Place KernelRows::stage(const RowSource & source, int64_t width, int
             wait();  // before the host's copy goes
             bus.to_host(row * uint64_t(count));
             bus.to_device(row * uint64_t(count));
-            return { reinterpret_cast<const char *>(staged_), row };
+            return { reinterpret_cast<const char *>(staged()), row };
         }
     }
     copy_rows(data, stride, row, count);
     if (host) bus.to_device(row * uint64_t(count));
-    return { reinterpret_cast<const char *>(staged_), row };
+    return { reinterpret_cast<const char *>(staged()), row };
 }
 
 void KernelRows::capture(int32_t first_tap, int32_t n_taps, int64_t start, int64_t count, const char ** source, uint64_t row_stride) {
@@ -271,8 +275,9 @@ void KernelRows::read_host(int64_t start, int64_t count, float * rows, Bus & bus
     for (int64_t i = 0; i < count; i += chunk) {
         const int64_t  n     = std::min(chunk, count - i);
         const uint64_t bytes = uint64_t(n) * uint64_t(width()) * sizeof(float);
-        read(start + i, n, kernels_.read ? staged_ : rows);
-        if (kernels_.read) check(cudaMemcpyAsync(rows + i * width(), staged_, bytes, cudaMemcpyDefault, stream_), "copy rows to the host");
+        float * const  to    = kernels_.read ? staged() : rows;
+        read(start + i, n, to);
+        if (to != rows) check(cudaMemcpyAsync(rows + i * width(), to, bytes, cudaMemcpyDefault, stream_), "copy rows to the host");
         bus.to_host(bytes);
     }
     wait();

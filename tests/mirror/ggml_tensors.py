@@ -78,12 +78,14 @@ class Tensors:
     def new(self, *ne: int, type: int = F32) -> int:
         return _new_tensor(self._context, type, *ne, *[1] * (4 - len(ne)))
 
-    def allocate(self, device: str) -> None:
-        buffer = _alloc(self._context, _dev_buffer_type(_dev_by_name(device.upper().encode())))
+    def allocate(self, device: str | int) -> None:
+        """On a device, or in a buffer type by its address."""
+        kind = _dev_buffer_type(_dev_by_name(device.upper().encode())) if isinstance(device, str) else device
+        buffer = _alloc(self._context, kind)
         assert buffer, f"{device} gave no memory"
         self._buffers.append(buffer)
 
-    def of(self, rows: Floats, device: str) -> int:
+    def of(self, rows: Floats, device: str | int) -> int:
         """An allocated F32 tensor [width, n] that holds rows [n, width]."""
         tensor = self.new(*rows.shape[::-1])
         self.allocate(device)

@@ -20,9 +20,9 @@ import numpy as np
 import pytest
 
 from ggml_mirror import FeatureMirror, Snapshot, find_device
-from ggml_mirror.errors import SnapshotMismatchError
+from ggml_mirror.errors import MirrorMemoryError, SnapshotMismatchError
 
-from .ggml_tensors import _declare, _dev_buffer_type, _dev_by_name
+from .ggml_tensors import Tensors, _declare, _dev_buffer_type, _dev_by_name
 from .places import Place
 from .test_leak import growth
 from .test_pinned import round_trips
@@ -61,6 +61,8 @@ class Device:
         self.pinned: dict[int, int] = {}  # buffer -> bytes
         self.allocations = 0
         self.refuse = ""  # "null", "other": what ggml does when memory cannot be pinned
+        self.own: dict[int, int] = {}  # buffer -> bytes of the device's own memory
+        self.full = False  # it has no more of it
         cpu, self._cpu_type = _dev_by_name(b"CPU"), _dev_buffer_type(_dev_by_name(b"CPU"))
         self._alloc = _Alloc(_copy(self._cpu_type, _TYPE_POINTERS)[_ALLOC_BUFFER])
         device = _copy(cpu, _DEVICE_POINTERS)
@@ -73,14 +75,18 @@ class Device:
         ring[_ALLOC_BUFFER] = _function(_Alloc, self._alloc_ring)
         host[_ALLOC_BUFFER] = _function(_Alloc, self._pin)
         get = CFUNCTYPE(c_void_p, c_void_p)
+        self.memory = ctypes.addressof(ring)
         device[_GET_NAME] = _function(get, lambda _: ctypes.addressof(name))
         device[_GET_BUFFER_TYPE] = _function(get, lambda _: ctypes.addressof(ring))
         device[_GET_HOST_BUFFER_TYPE] = _function(get, lambda _: ctypes.addressof(host))
         _register(self.address)
 
-    def _alloc_ring(self, kind: int, size: int) -> int:
+    def _alloc_ring(self, kind: int, size: int) -> int | None:
+        if self.full:
+            return None
         buffer = self._alloc(kind, size)
         functions = (c_void_p * 12).from_address(buffer)
+        self._follow(buffer, size, self.own)
         set_tensor, get_tensor = _Copy(functions[_SET_TENSOR]), _Copy(functions[_GET_TENSOR])
 
         def put(b: int, tensor: int, data: int, offset: int, n: int) -> None:
@@ -98,17 +104,21 @@ class Device:
         if self.refuse:
             return None if self.refuse == "null" else self._alloc(self._cpu_type, size)
         buffer = self._alloc(kind, size)
+        self._follow(buffer, size, self.pinned)
+        self.allocations += 1
+        return buffer
+
+    def _follow(self, buffer: int, size: int, held: dict[int, int]) -> None:
+        """Until it is freed."""
         functions = (c_void_p * 12).from_address(buffer)
         free = _Free(functions[_FREE_BUFFER])
 
-        def unpin(b: int) -> None:
-            del self.pinned[b]
+        def freed(b: int) -> None:
+            del held[b]
             free(b)
 
-        functions[_FREE_BUFFER] = _function(_Free, unpin)
-        self.pinned[buffer] = size
-        self.allocations += 1
-        return buffer
+        functions[_FREE_BUFFER] = _function(_Free, freed)
+        held[buffer] = size
 
 
 DEVICE = Device()
@@ -121,7 +131,7 @@ def device() -> Iterator[Device]:
     gc.collect()
     assert DEVICE.pinned == {}
     DEVICE.copies.clear()
-    DEVICE.allocations, DEVICE.refuse = 0, ""
+    DEVICE.allocations, DEVICE.refuse, DEVICE.full = 0, "", False
     yield DEVICE
     gc.collect()
     assert DEVICE.pinned == {}, "something stays pinned once mirrors and snapshots are gone"
@@ -314,3 +324,31 @@ def test_mirrors_and_snapshots_that_come_and_go_leave_nothing(device: Device) ->
 def test_the_size_is_known_beforehand(device: Device, m: FeatureMirror) -> None:
     assert m.nbytes < m.size.pinned <= 3 * m.nbytes
     assert find_device("pinned").is_host is False
+
+
+def test_staging_is_taken_when_rows_come_from_other_memory(device: Device) -> None:
+    """Tensors on the device need none. What is taken in all is no more than was announced, and is given back."""
+    gc.collect()
+    x = np.random.default_rng(0).standard_normal((CAP, WIDTH), np.float32)
+    with Tensors() as tensors:
+        source, rows = tensors.of(x, device.memory), CAP * WIDTH * 4
+        before = sum(device.own.values())
+        with FeatureMirror(taps=TAPS, n_embd=N_EMBD, cap=CAP, dtype="f16", device="pinned", n_threads=1) as m:
+            assert sum(device.own.values()) - before < m.size.ring + 2048
+            for _ in range(2):
+                m.write_tensor(source, start=3)
+                m.read_tensor(source, start=3, count=CAP)
+                m.restore(m.snapshot())
+            without = sum(device.own.values())
+            device.full = True
+            for use in (lambda: m.read(start=3, count=CAP), lambda: m.write_rows(start=9, rows=x)):
+                with pytest.raises(MirrorMemoryError, match=f"{rows} bytes of staging") as refused:
+                    use()
+                assert refused.value.bytes_needed == rows and refused.value.bytes_free > 0
+            assert m.positions.tolist() == [], "nobody knows what was stored"
+            device.full = False
+            m.write_rows(start=9, rows=x)
+            np.testing.assert_allclose(m.read(start=9, count=CAP), x, rtol=2**-10, atol=1e-6)
+            assert sum(device.own.values()) - without == rows
+            assert sum(device.own.values()) - before <= m.size.ring + m.size.staging
+        assert sum(device.own.values()) == before

@@ -125,7 +125,43 @@ def test_a_gpu_is_left_as_it_was(place: Place, dtype: FeatureDtype) -> None:
         assert error.bytes_needed > error.bytes_free
     with place.mirror(taps=TAPS, n_embd=N_EMBD, cap=4096, dtype=dtype) as m:
         assert find_device(place.device).memory_free <= free - m.nbytes
+        m.write_rows(start=0, rows=np.ones((4, WIDTH), np.float32))  # takes its staging
     assert find_device(place.device).memory_free == free
+
+
+@pytest.mark.gpu
+def test_a_gpus_staging_is_taken_when_rows_come_from_other_memory(
+    place: Place, dtype: FeatureDtype, tensors: Tensors
+) -> None:
+    """Tensors on the device and snapshots need none. All in all it takes no more than was announced, to a driver's page of 2 MiB each
+    for ring, counts, staging and temporaries."""
+    if place.is_host:
+        pytest.skip("host memory is everyone's")
+    cap, page = 256, 2 * 2**20
+    tensor = tensors.of(np.ones((cap, WIDTH), np.float32), place.device)
+
+    def free() -> int:
+        return find_device(place.device).memory_free
+
+    def use(m: FeatureMirror) -> int:
+        m.write_tensor(tensor, start=3)
+        m.read_tensor(tensor, start=3, count=cap)
+        m.restore(m.snapshot())
+        return free()
+
+    with place.mirror(taps=TAPS, n_embd=N_EMBD, cap=cap, dtype=dtype) as m:
+        use(m)  # starts the device
+        m.read(start=3, count=cap)
+    before = free()
+    with place.mirror(taps=TAPS, n_embd=N_EMBD, cap=cap, dtype=dtype) as m:
+        made = free()
+        assert before - made <= m.size.ring + 2 * page
+        without = use(m)
+        assert made - without <= page or not place.own_code(dtype)  # ggml's operations need temporaries
+        m.write_rows(start=3, rows=m.read(start=3, count=cap))
+        assert without - free() > page
+        assert before - free() <= m.size.ring + m.size.staging + 4 * page
+    assert before - free() <= page
 
 
 @pytest.mark.slow

@@ -192,7 +192,7 @@ def test_reading_no_rows_leaves_the_tensor(place: Place, tensors: Tensors) -> No
 
 
 def test_what_a_tensor_wrote_a_tensor_reads(place: Place, dtype: FeatureDtype, tensors: Tensors) -> None:
-    """Of a mirror with more rows than one graph takes (32 MiB)."""
+    """Of a mirror with more rows than pass through staging at once (8 MiB)."""
     n = 66
     x = np.random.default_rng(1).random((n, 2 * 65536), np.float32) - np.float32(0.5)
     tensor = tensors.of(x, place.device)
