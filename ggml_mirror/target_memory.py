@@ -59,7 +59,7 @@ class TargetMemory:
         cache_types: of keys and of values, as ggml names them.
         output_device: where the output matrix lies.
         copies_state: drafting copies the context to host memory before each block, for want of another way back (see ``rollback``).
-        output_values: words of 4 bytes that llama.cpp keeps in host memory per output and word of the vocabulary.
+        mechanism: how taps will leave the graph; None: nothing is drafted.
     """
 
     buffers: tuple[BufferBytes, ...]
@@ -71,7 +71,12 @@ class TargetMemory:
     cache_types: tuple[str, str]
     output_device: Device
     copies_state: bool
-    output_values: int
+    mechanism: CaptureMechanism | None
+
+    @property
+    def output_values(self) -> int:
+        """Words of 4 bytes that llama.cpp keeps in host memory per output and word of the vocabulary."""
+        return 1 if self.mechanism is None else OUTPUT_VALUES[self.mechanism]
 
 
 def measure(
@@ -102,11 +107,10 @@ def measure(
     path = os.fspath(model_path)
     try:
         with explained(path), contextlib.closing(_DryLlama(path, **dry, use_mmap=False, verbose=False)) as llm:
-            values = 1
+            used = None
             if n_draft is not None:
-                used = parse_mechanism(mechanism) or choose(llm, n_draft + 1)
-                _remake_for_drafting(llm, n_draft, taps if used is CaptureMechanism.OUTPUTS else ())
-                values = OUTPUT_VALUES[used]
+                llm._logits_all = bool(llama_kwargs.get("logits_all"))  # made with it, it would allocate them
+                used = _prepare_for_drafting(llm, n_draft, taps, parse_mechanism(mechanism))
             return TargetMemory(
                 breakdown(llm, mapped=mapped),
                 llm.n_ctx(),
@@ -117,7 +121,7 @@ def measure(
                 (_type_name(llm.context_params.type_k), _type_name(llm.context_params.type_v)),
                 _output_device(llm),
                 n_draft is not None and Rollback(llm, n_draft).means == "copies",
-                values,
+                used,
             )
     except MemoryError as error:
         raise MirrorMemoryError(f"{path}: not even the tables for its context fit into memory: {error}") from error
@@ -184,19 +188,32 @@ def _require_tables(n_ctx: int) -> None:
         )
 
 
-def _remake_for_drafting(llm: _DryLlama, n_draft: int, kept: Sequence[int]) -> None:
-    """A context with snapshots of a running state, and with room for the blocks' outputs to stay in place."""
+def _prepare_for_drafting(
+    llm: _DryLlama, n_draft: int, taps: Sequence[int], wanted: CaptureMechanism | None
+) -> CaptureMechanism:
+    """Make its context as a ``DFlashLlama`` would. As there, the callback is taken where outputs do not stay in place."""
+    used = wanted or choose(llm, n_draft + 1)
+    if used is CaptureMechanism.OUTPUTS:
+        kept = _remake_for_drafting(llm, n_draft, taps)
+        if kept == len(taps) or wanted is not None:
+            return used
+    _remake_for_drafting(llm, n_draft, ())
+    return CaptureMechanism.CALLBACK
+
+
+def _remake_for_drafting(llm: _DryLlama, n_draft: int, layers: Sequence[int]) -> int:
+    """A context with snapshots of a running state, and with room for the blocks' outputs to stay in place: of how many they do."""
     snapshots = wants_snapshots(llm, n_draft)
-    if not snapshots and not kept:
-        return
+    if not snapshots and not layers and llm.lent is None:
+        return 0
     if snapshots:
         llm.context_params.n_rs_seq = n_draft
     params = type(llm.context_params).from_buffer_copy(llm.context_params)
     out = ffi.new("gm_capture **")
     check(lib.gm_capture_new(out))
     handle = ffi.gc(out[0], lib.gm_capture_free)
-    keeper = Keeper(handle, kept)
-    if kept:
+    keeper = Keeper(handle, layers)
+    if layers:
         keeper.put_into(params)
     llama_cpp.llama_free(llm._ctx.ctx)
     llm._ctx.ctx = None
@@ -204,6 +221,10 @@ def _remake_for_drafting(llm: _DryLlama, n_draft: int, kept: Sequence[int]) -> N
     llm.lent = handle, keeper
     if llm._ctx.ctx is None:
         raise ModelFileError(f"{llm.model_path}: llama.cpp makes no context for drafting {n_draft} tokens")
+    # llama.cpp has built its largest graphs, to lay them out.
+    count = ffi.new("int32_t *")
+    check(lib.gm_capture_kept(handle, count))
+    return int(count[0])
 
 
 def _entry(entry: Any, mapped: bool) -> BufferBytes:

@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import llama_cpp
@@ -19,6 +20,7 @@ from dflash.pair import TARGETS, Pair, take, tokens_of
 from llama_cpp import Llama, _logger
 from tiny_models import TARGET_ARCHS
 
+from ggml_mirror import mechanism
 from ggml_mirror.budget import Budget, make_budget
 from ggml_mirror.budget_report import print_budget
 from ggml_mirror.device import find_device
@@ -28,7 +30,7 @@ from ggml_mirror.errors import ArgumentError, BudgetError, DtypeError, ModelFile
 from ggml_mirror.ladder import default_margin
 from ggml_mirror.memory_parts import Part
 from ggml_mirror.report import make_console
-from ggml_mirror.target_memory import breakdown, measure
+from ggml_mirror.target_memory import TargetMemory, breakdown, measure
 
 MIB = 2**20
 DRAFT = Path(__file__).parents[1] / "models" / "smollm2-135m-instruct-dflash-q8_0.gguf"
@@ -141,6 +143,23 @@ def test_a_pair_is_what_a_dflash_llama_allocates(name: str, variant: str, pair: 
     assert (budget.draft_window, budget.cap) == (llm.draft_window, llm.mirror.cap)
     assert budget.n_ctx == llm.n_ctx() and budget.mirror_device == llm.mirror.device.name
     llm.close()
+
+
+def test_the_mechanism_is_the_one_that_will_be_used(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU outputs, unless the graph keeps not all of them in place, or all logits are kept: then what the callback takes."""
+    target = pair.target("llama")
+    assert measure(target, n_ctx=512).mechanism is None
+    monkeypatch.setattr(mechanism, "devices", lambda: [SimpleNamespace(type="GPU")])
+
+    def measured(taps: tuple[int, ...], how: str | None = None, **options: Any) -> TargetMemory:
+        found = measure(target, n_draft=7, taps=taps, mechanism=how, n_ctx=512, n_gpu_layers=-1, **options)
+        assert found.output_values == (4 if found.mechanism == "outputs" else 1)
+        return found
+
+    kept, by_callback = measured((1, 2)), measured((1, 2), "callback")
+    assert (kept.mechanism, by_callback.mechanism) == ("outputs", "callback")
+    assert sum(b.compute for b in kept.buffers) > sum(b.compute for b in by_callback.buffers)
+    assert measured((1, 99)) == measured((1, 2), logits_all=True) == by_callback
 
 
 def test_a_window_is_never_wider_than_the_context(pair: Pair) -> None:
