@@ -176,7 +176,8 @@ def make_budget(
     )
     device = memory.output_device if draft_device == "auto" else find_device(draft_device)
     fixed = (*target_parts(memory, n_outputs=max(outputs, n_draft + 1), lora_path=lora), *extra)
-    waiting = {RAW: 0, FUSED: staging_cap(memory.n_ubatch, spec)}
+    assert memory.mechanism is not None
+    waiting = {RAW: 0, FUSED: staging_cap(memory.n_ubatch, spec, memory.mechanism)}
     pairs = {
         kind: PairCosts(spec, device, memory.n_vocab, kind, draft_kv, waiting[kind], memory.n_ctx)
         for kind in ((RAW, FUSED) if spec.can_fuse else (RAW,))

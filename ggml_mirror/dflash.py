@@ -229,8 +229,7 @@ class DFlashLlama(Llama):
             "kv": draft_kv,
             "n_ctx": self.n_ctx(),
         }
-        n_ubatch = llama_cpp.llama_n_ubatch(self.ctx)
-        staging = staging_cap(n_ubatch, spec) if rows == FUSED else 0
+        staging = staging_cap(llama_cpp.llama_n_ubatch(self.ctx), spec, hook.mechanism)
         require_room(
             spec,
             self.draft_window,
@@ -238,7 +237,7 @@ class DFlashLlama(Llama):
             device,
             lambda w, kind: draft_bytes(spec, window=w, rows=kind, **where),
             rows,
-            n_ubatch,
+            staging,
         )
         # A block is a batch.
         self.draft = Draft(spec, window=self.draft_window, n_threads=self.n_threads_batch, rows=rows, **where)
@@ -258,7 +257,7 @@ class DFlashLlama(Llama):
         )
         in_use[id(self)] = [self.draft._handle]
         self._stack.callback(in_use.pop, id(self))
-        if staging:
+        if rows == FUSED:
             self._fuser = self._stack.enter_context(
                 Fuser(self.draft, self.mirror, staging=staging, n_threads=self.n_threads_batch)
             )

@@ -10,6 +10,7 @@ from .draft import DraftBytes, DraftSpec
 from .dtype import FeatureDtype
 from .errors import MirrorMemoryError
 from .ladder import Rung, candidates, descending, next_rung, offer
+from .mechanism import CaptureMechanism
 from .mirror import mirror_size
 from .plan import device_bytes, fitting_dtypes, largest
 from .row_kind import FUSED, RAW
@@ -25,9 +26,20 @@ def row_shape(spec: DraftSpec, rows: str) -> tuple[int, int]:
     return (1, spec.n_embd) if rows == FUSED else (len(spec.taps), spec.n_embd_target)
 
 
-def staging_cap(n_ubatch: int, spec: DraftSpec) -> int:
-    """Slots of the ring in which raw rows wait to be fused: a micro-batch, or a block beside what waits for its outcome."""
-    return max(n_ubatch, 2 * spec.block_size)
+#: Rows that wait where they need not be a micro-batch: as many as the draft's first product takes at a time (native/src/draft.cpp).
+_FUSED_AT_ONCE = 128
+
+
+def staging_cap(n_ubatch: int, spec: DraftSpec, mechanism: CaptureMechanism) -> int:
+    """Slots of the ring in which raw rows wait to be fused: a block beside what waits for its outcome, at least.
+
+    By ``callback`` taps of a micro-batch come one after another, and all its rows wait for the last one. By ``outputs`` they come
+    together, and of more rows the older ones are fused at once.
+    """
+    least = 2 * spec.block_size
+    if mechanism is CaptureMechanism.OUTPUTS:
+        n_ubatch = min(n_ubatch, _FUSED_AT_ONCE)
+    return max(n_ubatch, least)
 
 
 def staging_bytes(spec: DraftSpec, slots: int, device: Device) -> int:
@@ -44,14 +56,14 @@ def require_room(
     device: Device,
     draft_bytes: Callable[[int, str], DraftBytes],
     rows: str = RAW,
-    n_ubatch: int = 0,
+    staging: int = 0,
 ) -> None:
     """Nothing, if the draft with this window and its mirror fit into what the device has free.
 
     Args:
         draft_bytes: what the draft takes, by window and rows.
         rows: what the mirror holds.
-        n_ubatch: the target's micro-batch.
+        staging: slots for raw rows that wait, where rows are fused.
 
     Raises:
         MirrorMemoryError: names the bytes of both and the free ones; which dtypes and which window would fit, the next rung of the
@@ -60,7 +72,7 @@ def require_room(
     asked = Rung(rows, dtype)
 
     def waiting(rows: str) -> int:
-        return staging_bytes(spec, staging_cap(n_ubatch, spec) if rows == FUSED else 0, device)
+        return staging_bytes(spec, staging if rows == FUSED else 0, device)
 
     def both(window: int, rung: Rung) -> tuple[int, int]:
         size = mirror_size(*row_shape(spec, rung.rows), mirror_cap(spec, window), rung.dtype, device.index)

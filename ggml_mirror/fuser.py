@@ -1,7 +1,7 @@
 """Fused capture: raw rows wait until they are committed, then become fused rows of a mirror.
 
-Raw rows live only in a staging ring of one micro-batch, on the draft's device. Rows that are rejected leave it without having been
-in the mirror.
+Raw rows live only in a staging ring on the draft's device. Of an evaluation that it holds, rows that are rejected leave it without
+having been in the mirror. Of a longer one, a prompt, older rows are fused as newer ones arrive; those that are taken back leave the mirror.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ class Fuser:
     Args:
         draft: made with ``rows="fused"``; it computes on its own device.
         mirror: of fused rows, on that device.
-        staging: slots for raw rows, F32: at least as many as a micro-batch has tokens (see :func:`ggml_mirror.draft_memory.staging_cap`).
+        staging: slots for raw rows, F32 (see :func:`ggml_mirror.draft_memory.staging_cap`): as many as the longest evaluation of
+            which nothing may enter the mirror before it is committed, twice that if another waits then. By ``callback`` also as many as
+            a micro-batch has tokens: CaptureError, where more arrive.
         n_threads: for the staging ring on host devices; 0 takes all cores.
 
     Raises:

@@ -1,7 +1,7 @@
 """The ladder that "auto" walks down as memory gets tight: kinds of rows and dtypes, most precise first, and what each costs.
 
 A rung is there because it is smaller than all before it. That follows from the models: with few taps or a small window, fused rows,
-which need room for a micro-batch of raw ones beside the mirror, are not always the smaller ones.
+which need room for raw ones that wait beside the mirror, are not always the smaller ones.
 """
 
 from __future__ import annotations

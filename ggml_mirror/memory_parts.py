@@ -9,9 +9,9 @@ from typing import Any
 
 from .device import Device, devices, find_device, host_memory
 from .draft import DraftBytes, DraftSpec, draft_bytes
-from .draft_memory import mirror_cap, row_shape, staging_bytes
+from .draft_memory import mirror_cap, row_shape
 from .dtype import FeatureDtype
-from .mirror import mirror_size
+from .mirror import MirrorSize, mirror_size
 from .row_kind import RAW
 from .target_memory import BufferBytes, TargetMemory
 
@@ -130,18 +130,28 @@ class PairCosts:
             kind = "" if self.rows == RAW else f"{self.rows} "
             parts += [
                 Part("mirror", "mirror", here, size.ring, f"{dtype}, {cap:,} {kind}rows x {size.row:,} B"),
-                Part(
-                    "raw_rows",
-                    "raw rows",
-                    here,
-                    staging_bytes(self.spec, self.staging, self.device),
-                    "f32, a micro-batch",
-                ),
-                _staging(here, size.staging),
+                *self._waiting(),
+                _staging(here, size.staging + (self._raw.staging if self._raw else 0)),
                 Part("mirror_bookkeeping", "mirror bookkeeping", find_device("cpu").name, size.bookkeeping),
                 Part("mirror_pinned", "pinned for snapshots", find_device("cpu").name, size.pinned, at_most=True),
             ]
         return _present(parts)
+
+    @property
+    def _raw(self) -> MirrorSize | None:
+        """Of the ring in which raw rows wait."""
+        if not self.staging:
+            return None
+        return mirror_size(*row_shape(self.spec, RAW), self.staging, FeatureDtype.F32, self.device.index)
+
+    def _waiting(self) -> tuple[Part, ...]:
+        raw = self._raw
+        if raw is None:
+            return ()
+        size = raw.ring + (raw.bookkeeping if self.device.is_host else 0)
+        return (
+            Part("raw_rows", "raw rows", self.device.name, size, f"f32, {self.staging:,} that wait x {raw.row:,} B"),
+        )
 
     def can_hold(self, dtype: FeatureDtype) -> bool:
         """The device can capture rows into this dtype and read them back."""
@@ -161,7 +171,7 @@ def _detail(b: BufferBytes, what: str) -> str:
 
 
 def _staging(device: str, size: int) -> Part:
-    note = "" if size else "none: rows go straight into the ring"
+    note = "for rows from or to memory elsewhere" if size else "none: rows go straight into the ring"
     return Part("mirror_staging", "mirror staging", device, size, note, at_most=size > 0)
 
 

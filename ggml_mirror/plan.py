@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 
-_MICRO_BATCH = 512  # llama.cpp's n_ubatch unless told otherwise
+_MICRO_BATCH = 512  # llama.cpp's n_ubatch unless told otherwise: of raw rows, no more wait to be fused
 
 
 @dataclass(frozen=True)
@@ -95,12 +95,14 @@ class Ladder:
         device: whose memory it was held against; "" for a budget.
         sizes: bytes of mirror and waiting raw rows, most precise first.
         reason: why that rung, or none, in a sentence with the numbers.
+        waiting: raw rows that the fused rungs have beside them. At most: where taps are taken together, 128 will do.
     """
 
     device: str
     sizes: dict[Rung, int]
     chosen: Rung | None
     reason: str
+    waiting: int = 0
 
 
 @dataclass(frozen=True)
@@ -161,6 +163,7 @@ class Plan:
                 "reason": self.ladder.reason,
                 "tau": TAU,
                 "source": SOURCE,
+                "raw_rows_waiting_at_most": self.ladder.waiting,
                 "rungs": [to_json(r, size, chosen=r == self.ladder.chosen) for r, size in self.ladder.sizes.items()],
             },
             "notes": list(self.notes),
@@ -230,19 +233,22 @@ def _ladder(
         support = None if width % rung.dtype.block_size else place.supports(rung.dtype, taps=n_taps, n_embd=width)
         return support is not None and support.capture and support.read
 
+    # Where the raw row is known. How taps will be taken is not: by the callback, a whole micro-batch waits.
+    waiting = _MICRO_BATCH if rows == RAW and FUSED in shapes else 0
+
     def size(rung: Rung) -> int:
         mirror = mirror_size(*shapes[rung.rows], cap, rung.dtype, place.index)
-        # Raw rows that wait to be fused: of a micro-batch, where the raw row is known.
-        waiting = rung.rows == FUSED and rows == RAW
-        staging = mirror_size(taps, n_embd, _MICRO_BATCH, FeatureDtype.F32, place.index) if waiting else None
-        return device_bytes(mirror, place) + (device_bytes(staging, place) if staging else 0)
+        if rung.rows == RAW or not waiting:
+            return device_bytes(mirror, place)
+        staging = mirror_size(taps, n_embd, waiting, FeatureDtype.F32, place.index)
+        return device_bytes(mirror, place) + device_bytes(staging, place)
 
     sizes = descending((r for r in candidates() if r.rows in shapes and can(r)), size)
     if budget is None:
         chosen, reason = choose(sizes, free=place.memory_free, margin=default_margin(place), device=place.name)
-        return Ladder(place.name, sizes, chosen, reason)
+        return Ladder(place.name, sizes, chosen, reason, waiting)
     chosen, reason = choose(sizes, free=budget, margin=0, device="the budget")
-    return Ladder("", sizes, chosen, reason)
+    return Ladder("", sizes, chosen, reason, waiting)
 
 
 def usable_dtypes(

@@ -63,6 +63,9 @@ def print_plan(plan: Plan, console: Console, *, source: str = "") -> None:
         where = plan.ladder.device or f"a budget of {format_bytes(plan.budget or 0)}"
         print_ladder(plan.ladder.sizes, plan.ladder.chosen, console, title=f"Ladder of auto, on {where}")
         console.print(f"auto: {escape(plan.ladder.reason)}", soft_wrap=True)
+        if plan.ladder.waiting:
+            beside = f"at most {plan.ladder.waiting} raw ones that wait to be fused (a micro-batch; 128 where taps are taken together)"
+            console.print(f"[dim]Fused rows: with {beside}.[/]", soft_wrap=True)
         console.print(f"[dim]Change of tau against raw f32 ({TAU:.3f}): {SOURCE}.[/]", soft_wrap=True)
     _print_notes(plan.notes, console)
 

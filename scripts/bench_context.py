@@ -51,7 +51,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ggml_mirror import DFlashLlama, FeatureMirror, GgmlMirrorError, __version__, row_bytes
+from ggml_mirror import DFlashLlama, FeatureMirror, GgmlMirrorError, __version__, capture, row_bytes
 from ggml_mirror.byte_size import format_bytes
 from ggml_mirror.capture import Hook
 from ggml_mirror.device import Device, find_device
@@ -765,16 +765,10 @@ def measure_memory(pair: Pair, theirs: LlamaDraft, n_ctx: int, windows: Sequence
         cap, width = mirror_cap(spec, n_ctx), int(np.prod(row_shape(spec, rows)))
         small = pair.draft(64, rows, "f16")
         with pair.mirror(rows, dtype, 128) as first:
-            _read_back(first, small)
+            _use(pair, first, small)
         before = pair.free()
-        with ExitStack() as stack:
-            mirror = stack.enter_context(pair.mirror(rows, dtype, cap))
-            if rows == FUSED:
-                stack.enter_context(
-                    Fuser(small, mirror, staging=staging_cap(MICRO_BATCH, spec), n_threads=pair.threads)
-                )
-            _read_back(mirror, small)  # scratch is taken when rows are read
-            measured = before - pair.free()
+        with pair.mirror(rows, dtype, cap) as mirror:
+            measured = before - _use(pair, mirror, small)
         small.close()
         taken.append(
             Taken(n_ctx, f"mirror, {stored}", f"{cap:,} rows, staging", cap * row_bytes(dtype, width), measured)
@@ -837,9 +831,21 @@ def _print_beside_llama(taken: Sequence[Taken], console: Console, markdown: bool
     console.print(table)
 
 
-def _read_back(mirror: FeatureMirror, draft: Draft) -> None:
-    mirror.write_rows(start=0, rows=np.zeros((4, mirror.width), np.float32))
-    draft.step(mirror, n_past=4, last_token=1, n_tokens=draft.spec.block_size - 1)
+def _use(pair: Pair, mirror: FeatureMirror, draft: Draft) -> int:
+    """Rows of the target, and a step that reads them: what is taken at first use is taken then. Returns what is free meanwhile."""
+    tokens = [1] * (MICRO_BATCH // 2)
+    with ExitStack() as stack:
+        sink: FeatureMirror | Fuser = mirror
+        if mirror.rows == FUSED:
+            slots = staging_cap(MICRO_BATCH, pair.spec, pair.hook.mechanism)
+            sink = stack.enter_context(Fuser(draft, mirror, staging=slots, n_threads=pair.threads))
+        stack.enter_context(capture(pair.llm, sink, pair.spec.taps))
+        pair.llm.reset()
+        pair.llm.eval(tokens)
+        if isinstance(sink, Fuser):
+            sink.commit(len(tokens))
+        draft.step(mirror, n_past=len(tokens), last_token=1, n_tokens=draft.spec.block_size - 1)
+        return pair.free()
 
 
 @app.command("memory")

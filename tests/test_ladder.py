@@ -75,9 +75,10 @@ def test_at_27b_shape() -> None:
         "fused:q4_0",
     ]
     assert ladder.chosen == Rung(FUSED, FeatureDtype.Q8_0)
-    # Few rows: the micro-batch that waits to be fused is more than they are.
+    # Few rows: the micro-batch that may have to wait to be fused is more than they are.
     few = plan(taps=5, n_embd=5120, cap=64, device="cpu").ladder
     assert few is not None and list(map(str, few.sizes)) == ["f32", "bf16", "q8_0"]
+    assert few.waiting == 512 and plan(width=5120, cap=64, rows="fused", device="cpu").ladder.waiting == 0
 
 
 def test_no_rung_is_measurably_worse_than_a_later_one() -> None:

@@ -20,18 +20,32 @@ void gm_fuser::follow() {
 }
 
 void gm_fuser::write(int32_t tap, int64_t start, const ggml_tensor * rows) {
-    make_room(start, ggml_nrows(rows));
+    const int64_t count = ggml_nrows(rows);
+    if (count > staging_.cap()) {
+        throw error(GM_ERR_CAPTURE, "%lld rows arrive tap by tap and have to wait for each other; the staging ring holds %lld: make the Fuser with "
+                    "staging=%lld, the target's n_ubatch, or capture with mechanism='outputs'", (long long) count, (long long) staging_.cap(),
+                    (long long) count).tap(tap);
+    }
+    make_room(start, count);
     if (gm_mirror_write_tensor(&staging_, tap, start, rows) != GM_OK) gm::rethrow_last_error();
 }
 
 void gm_fuser::write_taps(int64_t start, const ggml_tensor * const * rows) {
-    make_room(start, ggml_nrows(rows[0]));
-    if (gm_mirror_write_taps(&staging_, start, rows) != GM_OK) gm::rethrow_last_error();
+    const std::vector<gm::RowSource> sources = staging_.tap_sources(rows);
+    std::vector<gm::RowSource>       piece(sources.size());
+    const int64_t                    count = ggml_nrows(rows[0]), cap = staging_.cap();
+    for (int64_t done = 0, n; done < count; done += n) {
+        // More than can wait: a prompt. Its pieces end where the ring does, so that each is fused in one go.
+        n = count <= cap ? count : std::min(count - done, cap - (start + done) % cap);
+        make_room(start + done, n);
+        std::transform(sources.begin(), sources.end(), piece.begin(), [&](const gm::RowSource & s) { return s.skip(done); });
+        staging_.write_taps(start + done, n, piece.data());
+    }
 }
 
+// What lies before `start` is whole: taps of a micro-batch come one after the other, or together.
 void gm_fuser::make_room(int64_t start, int64_t count) {
     follow();
-    // Taps of a micro-batch come one after the other or together, so what lies before its first row is whole.
     if (start + count - waiting_ > staging_.cap()) commit(start);
 }
 

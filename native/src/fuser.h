@@ -1,4 +1,5 @@
-// Fused capture: raw rows wait in a staging ring until they are committed, then go through the draft's first product into the mirror.
+// Fused capture: raw rows wait in a staging ring until they are committed, then go through the draft's first product into the mirror. Where
+// more rows arrive than it holds, older ones are fused as newer ones come: they are a prompt's, and no block of speculation.
 #pragma once
 
 #include "draft.h"
@@ -7,10 +8,11 @@ struct gm_fuser {
   public:
     gm_fuser(gm_draft & draft, gm_mirror & staging, gm_mirror & mirror);
 
-    // A tap's rows of positions start.. arrive. Rows that they displace are fused before.
+    // A tap's rows of positions start.. arrive. Rows that they displace are fused before. Throws GM_ERR_CAPTURE if they are more than the
+    // staging ring holds: none of them is whole before the last tap has come.
     void write(int32_t tap, int64_t start, const ggml_tensor * rows);
 
-    // The same of all taps at once, a tensor for each.
+    // The same of all taps at once, a tensor for each; any number of rows.
     void write_taps(int64_t start, const ggml_tensor * const * rows);
 
     void    commit(int64_t end);

@@ -518,18 +518,23 @@ gm_status gm_mirror_write_tensor(gm_mirror * mirror, int32_t tap, int64_t start,
     });
 }
 
+std::vector<gm::RowSource> gm_mirror::tap_sources(const ggml_tensor * const * rows) const {
+    gm::required(rows, "rows");
+    std::vector<gm::RowSource> sources;
+    for (int32_t tap = 0; tap < taps(); ++tap) {
+        const ggml_tensor & t = gm::required(rows[tap], "rows");
+        sources.push_back(tensor_rows(t, n_embd()));
+        if (ggml_nrows(&t) != ggml_nrows(rows[0])) {
+            throw error(GM_ERR_WIDTH, "tap %d has %lld rows, tap 0 has %lld", tap, (long long) ggml_nrows(&t), (long long) ggml_nrows(rows[0])).tap(tap);
+        }
+    }
+    return sources;
+}
+
 gm_status gm_mirror_write_taps(gm_mirror * mirror, int64_t start, const struct ggml_tensor * const * rows) {
     return gm::guard([&] {
-        gm_mirror &                m = gm::required(mirror, "mirror");
-        std::vector<gm::RowSource> sources;
-        gm::required(rows, "rows");
-        for (int32_t tap = 0; tap < m.taps(); ++tap) {
-            const ggml_tensor & t = gm::required(rows[tap], "rows");
-            sources.push_back(tensor_rows(t, m.n_embd()));
-            if (ggml_nrows(&t) != ggml_nrows(rows[0])) {
-                throw error(GM_ERR_WIDTH, "tap %d has %lld rows, tap 0 has %lld", tap, (long long) ggml_nrows(&t), (long long) ggml_nrows(rows[0])).tap(tap);
-            }
-        }
+        gm_mirror & m       = gm::required(mirror, "mirror");
+        const auto  sources = m.tap_sources(rows);
         m.write_taps(start, ggml_nrows(rows[0]), sources.data());
     });
 }

@@ -19,6 +19,7 @@ struct gm_mirror {
 
     void write(int32_t tap, int64_t start, int64_t count, const gm::RowSource & source);
     void write_taps(int64_t start, int64_t count, const gm::RowSource * sources);  // one for each tap
+    std::vector<gm::RowSource> tap_sources(const ggml_tensor * const * rows) const;  // that they can be written
     void read(int64_t start, int64_t count, float * rows);
     void read_tensor(int64_t start, int64_t count, const ggml_tensor & rows);
     const float * view(int64_t start, int64_t count);

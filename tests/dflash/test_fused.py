@@ -12,6 +12,7 @@ from ggml_mirror.budget import make_budget
 from ggml_mirror.dflash import DFlashLlama
 from ggml_mirror.errors import (
     ArgumentError,
+    CaptureError,
     ClosedError,
     ShapeError,
     SnapshotError,
@@ -19,9 +20,10 @@ from ggml_mirror.errors import (
     StaleRowError,
 )
 from ggml_mirror.fuser import Fuser
+from ggml_mirror.mechanism import CaptureMechanism
 from ggml_mirror.snapshot import Snapshot
 
-from .pair import N_CTX, N_EMBD, Pair, fused_rows, script, sometimes, take, tokens_of
+from .pair import N_CTX, N_EMBD, TAPS, Pair, fused_rows, script, sometimes, take, tokens_of
 
 DEMO_PROMPTS = ("def fibonacci(n):\n", "class Stack:\n    def __init__(self):\n", "The capital of France is")
 
@@ -42,14 +44,20 @@ def test_in_f32_they_equal_raw_rows(demo_target: Path, demo_draft: Path) -> None
     assert seen["raw"][2] == 5 * seen["fused"][2]
 
 
-def test_rejected_rows_are_never_written(pair: Pair) -> None:
-    prompt = tokens_of(20)
+@pytest.mark.parametrize("how", list(CaptureMechanism))
+@pytest.mark.parametrize("n_prompt", [20, 190])
+def test_rejected_rows_are_never_written(n_prompt: int, how: CaptureMechanism, pair: Pair) -> None:
+    """And each that stays is written once, a prompt's that is longer than the staging ring too."""
+    prompt = tokens_of(n_prompt)
     expected = pair.greedy("llama", prompt, 60)
-    llm = pair.dflash(feature_rows="fused")
+    llm = pair.dflash(feature_rows="fused", n_batch=256, n_ubatch=256, mechanism=how)
+    assert llm._fuser is not None
+    assert llm._fuser.staging.cap == (256 if how is CaptureMechanism.CALLBACK else 128)
     script(llm, prompt + expected, sometimes(1, 0.4))
-    take(llm, prompt, 40)
+    assert take(llm, prompt, 40) == expected[:40]
     assert llm.stats.accepted < llm.stats.proposed / 2
     assert llm.mirror.times().write_rows == llm.n_tokens == len(llm.mirror)
+    pair.assert_rows_are_fresh("llama", llm)
 
 
 @pytest.mark.parametrize("dtype", ["f32", "q8_0", "q4_0"])
@@ -85,6 +93,53 @@ def test_a_fuser_beside_a_mirror_of_raw_rows(dtype: str, pair: Pair) -> None:
             fused_rows(llm.draft_path, raw.read(start=60, count=5)),
             atol=quantum * np.abs(expected).max(),
         )
+
+
+@pytest.mark.parametrize("staging", [8, 11, 64, 200])
+def test_a_prompt_passes_a_short_staging_ring_in_pieces(staging: int, pair: Pair) -> None:
+    """By outputs. The same rows, to the bit, as through a ring that holds all of them; the last ones wait. (No piece is of one row,
+    which ggml multiplies otherwise.)"""
+    llm = pair.dflash(feature_rows="fused")
+    target, tokens, seen = pair.plain(n_batch=256, n_ubatch=256), tokens_of(170), {}
+    for slots in (staging, 256):
+        target.reset()
+        with (
+            FeatureMirror(taps=1, n_embd=N_EMBD, cap=N_CTX, rows="fused", n_threads=1) as fused,
+            Fuser(llm.draft, fused, staging=slots, n_threads=1) as fuser,
+            capture(target, fuser, TAPS, mechanism="outputs"),
+        ):
+            target.eval(tokens[:37])
+            target.eval(tokens[37:])
+            waiting = 170 - len(fused)
+            assert fused.positions.tolist() == list(range(170 - waiting))
+            assert waiting == {8: 2, 11: 5, 64: 42, 200: 133, 256: 133}[slots]
+            fuser.commit(170)
+            assert fused.times().write_rows == len(fused) == 170
+            seen[slots] = fused.read(start=0, count=170)
+            # What was evaluated in vain leaves the mirror, though it was there.
+            target.n_tokens = 100
+            target.eval(tokens[100:169])
+            fuser.truncate(100)
+            assert fused.positions.tolist() == list(range(100))
+    np.testing.assert_array_equal(seen[staging], seen[256])
+
+
+def test_taps_that_come_one_after_another_need_room_for_a_micro_batch(pair: Pair) -> None:
+    """By the callback. Refused with both numbers: the ring would have kept the last rows alone."""
+    llm, target = pair.dflash(feature_rows="fused"), pair.plain(n_batch=64, n_ubatch=16)
+    with (
+        FeatureMirror(taps=1, n_embd=N_EMBD, cap=N_CTX, rows="fused") as fused,
+        Fuser(llm.draft, fused, staging=12) as fuser,
+        capture(target, fuser, TAPS, mechanism="callback"),
+    ):
+        target.eval(tokens_of(12))
+        with pytest.raises(CaptureError, match=r"16 rows .*staging ring holds 12: .*staging=16"):
+            target.eval(tokens_of(40))
+        target.n_tokens = 12
+        assert fused.positions.tolist() == list(range(12))
+        target.eval(tokens_of(7))
+        fuser.commit(19)
+        assert fused.positions.tolist() == list(range(19))
 
 
 def test_what_does_not_fit_is_refused(pair: Pair) -> None:
@@ -153,18 +208,21 @@ def test_keys_and_values_otherwise(kv: str, demo_target: Path, demo_draft: Path)
         assert their_size < 0.6 * size
 
 
-def test_the_budget_is_what_is_allocated(pair: Pair) -> None:
-    options = {
-        "draft_path": pair.draft(),
-        "feature_dtype": "q4_0",
-        "feature_rows": "fused",
-        "n_ctx": N_CTX,
-    }
-    budget = make_budget(pair.target("llama"), **options, n_ubatch=32)
-    llm = pair.dflash(feature_dtype="q4_0", feature_rows="fused", n_ubatch=32)
-    parts = {part.id: part.bytes for part in budget.parts}
-    assert parts["mirror"] == llm.mirror.nbytes
-    assert parts["draft_kv"] == llm.draft.bytes.kv
+@pytest.mark.parametrize(
+    ("how", "n_ubatch", "slots"),
+    [("callback", 32, 32), ("outputs", 32, 32), ("callback", 256, 256), ("outputs", 256, 128), ("outputs", 9, 16)],
+)
+def test_the_budget_is_what_is_allocated(how: str, n_ubatch: int, slots: int, pair: Pair) -> None:
+    """The rows that wait included: of the mechanism that will be used."""
+    options = {"feature_dtype": "q4_0", "feature_rows": "fused", "mechanism": how, "n_ubatch": n_ubatch}
+    budget = make_budget(pair.target("llama"), draft_path=pair.draft(), n_ctx=N_CTX, **options)
+    llm = pair.dflash(**options)
+    parts = {part.id: part for part in budget.parts}
+    assert parts["mirror"].bytes == llm.mirror.nbytes
+    assert parts["draft_kv"].bytes == llm.draft.bytes.kv
     assert llm._fuser is not None
-    assert parts["raw_rows"] >= llm._fuser.staging.nbytes == 32 * 4 * len(llm.draft_spec.taps) * N_EMBD
+    waiting = llm._fuser.staging
+    assert waiting.nbytes == slots * 4 * len(llm.draft_spec.taps) * N_EMBD
+    assert parts["raw_rows"].bytes == waiting.size.ring + waiting.size.bookkeeping and not parts["raw_rows"].at_most
+    assert f"{slots} that wait" in parts["raw_rows"].detail
     assert pair.dflash(feature_dtype="auto", feature_rows="fused").feature_dtype.value == "f32"

@@ -21,6 +21,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from llama_cpp import Llama
+from llama_cpp._internals import LlamaContext
 
 from ggml_mirror import FeatureMirror, Snapshot, capture
 from ggml_mirror.draft import Draft
@@ -32,12 +33,14 @@ from .pair import N_CTX, N_EMBD, TAPS, Pair, fused_rows
 BATCH, UBATCH = 64, 16
 QUANTUM = {"f32": 1e-3, "q8_0": 1 / 127}  # the draft multiplies in F16
 
-#: dtype, cap, slots for rows that wait, how taps are taken. Caps: below a micro-batch, odd, beyond the longest history's half.
+#: dtype, cap, slots for rows that wait, how taps are taken. Caps: below a micro-batch, odd, beyond the longest history's half. Slots: by
+#: callback for a micro-batch or more; by outputs also for fewer rows than one has.
 CONFIGS = [
     ("f32", 7, 16, "callback"),
     ("q8_0", 31, 24, "outputs"),
-    ("f32", 48, 16, "outputs"),
-    ("q8_0", 150, 40, "callback"),
+    ("f32", 48, 9, "outputs"),
+    ("f32", 100, 5, "outputs"),
+    ("q8_0", 150, 48, "callback"),
 ]
 
 
@@ -53,14 +56,14 @@ class FusedMachine(RuleBasedStateMachine):
 
     @initialize(config=st.sampled_from(CONFIGS))
     def make(self, config: tuple[str, int, int, str]) -> None:
-        self.dtype, self.cap, self.staging, mechanism = config
+        self.dtype, self.cap, self.staging, self.mechanism = config
         self.llm.reset()
         self.llm._ctx.kv_cache_clear()
         self.raw = FeatureMirror(taps=len(TAPS), n_embd=N_EMBD, cap=N_CTX, n_threads=1)
         self.fused = FeatureMirror(taps=1, n_embd=N_EMBD, cap=self.cap, dtype=self.dtype, rows="fused", n_threads=1)
         self.fuser = Fuser(self.drafts[0], self.fused, staging=self.staging, n_threads=1)
-        self.capture = capture(self.llm, [self.raw, self.fuser], TAPS, mechanism=mechanism)
-        assert self.capture.__enter__() == mechanism
+        self.capture = capture(self.llm, [self.raw, self.fuser], TAPS, mechanism=self.mechanism)
+        assert self.capture.__enter__() == self.mechanism
         # The oracle: slot -> position; the first position that waits to be fused, and the first whose raw row is at hand.
         self.slots: dict[int, int] = {}
         self.waiting = self.at_hand = 0
@@ -77,6 +80,15 @@ class FusedMachine(RuleBasedStateMachine):
         for position in range(max(self.waiting, self.at_hand), end):
             self.slots[position % self.cap] = position
         self.waiting = max(self.waiting, end)
+
+    def _arrive(self, first: int, count: int) -> None:
+        """Rows of a micro-batch: others are fused where they do not fit beside them; where more than fit at all, their own older ones."""
+        end = first + count
+        while first < end:
+            n = count if count <= self.staging else min(self.staging - first % self.staging, end - first)
+            if first + n - self.waiting > self.staging:
+                self._commit(first)
+            first += n
 
     def _truncate(self, start: int) -> None:
         self.slots = {slot: p for slot, p in self.slots.items() if p < start}
@@ -104,9 +116,34 @@ class FusedMachine(RuleBasedStateMachine):
         self.llm.eval(np.random.default_rng(seed).integers(32, 127, n).tolist())
         self._truncate(start)
         for first in range(start, start + n, UBATCH):
-            count = min(UBATCH, start + n - first)
-            if (first - start) % BATCH == 0 or first + count - self.waiting > self.staging:
+            if (first - start) % BATCH == 0:
                 self._commit(first)
+            self._arrive(first, min(UBATCH, start + n - first))
+        if n <= self.staging:
+            assert max(self.slots.values(), default=-1) < start, "as after a block that may be rejected"
+
+    @precondition(lambda self: self.mechanism == "outputs" and self.llm.n_tokens <= N_CTX - BATCH)
+    @rule(good=st.integers(1, 3), n=st.integers(3 * UBATCH + 1, BATCH))
+    def fail(self, good: int, n: int) -> None:
+        """An evaluation that breaks off after some micro-batches, of which rows may be in the mirror: they leave it, and what they have
+        displaced does not come back."""
+        self.ran["fail"] += 1
+        start, left = self.llm.n_tokens, iter(range(good))
+        decode = LlamaContext.decode
+
+        def breaking(context: LlamaContext, batch: Any) -> None:
+            if next(left, None) is None:
+                raise RuntimeError("out of memory")
+            decode(context, batch)
+
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="out of memory"):
+            patch.setattr(LlamaContext, "decode", breaking)
+            self.llm.eval(np.random.default_rng(n).integers(32, 127, n).tolist())
+        self._commit(start)
+        self._truncate(start)
+        for first in range(start, start + good * UBATCH, UBATCH):
+            self._arrive(first, UBATCH)
+        self._truncate(start)
 
     @rule(data=st.data())
     def cut(self, data: st.DataObject) -> None:
@@ -205,6 +242,6 @@ def test_fused_rows_follow_a_sequence_like_a_dictionary_of_slots(pair: Pair) -> 
     run_state_machine_as_test(machine, settings=settings(max_examples=90, stateful_step_count=30, deadline=None))
     ran = machine.ran
     print(dict(ran))
-    for name in ("evaluate", "cut", "commit", "restore", "draft"):
+    for name in ("evaluate", "fail", "cut", "commit", "restore", "draft"):
         assert ran[name] >= 10, f"{name} was hardly run: {dict(ran)}"
     assert ran["rows read"] > 5000 and ran["rows drafted from"] > 100
