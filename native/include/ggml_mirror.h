@@ -151,12 +151,13 @@ typedef struct gm_mirror_params {
 typedef struct gm_mirror_size {
     uint64_t row;          // bytes of one stored row
     uint64_t ring;         // cap rows: the ggml buffer
-    uint64_t staging;      // most bytes of device scratch that a write or read may take
+    uint64_t staging;      // most bytes of device scratch that a write or read may take, when one first needs it
     uint64_t bookkeeping;  // host bytes that remember which slot holds what
     uint64_t pinned;       // most host bytes that may stay pinned for its snapshots, see gm_host_rows_new
 } gm_mirror_size;
 
-// The bytes that gm_mirror_new would allocate for these parameters; the same function that it uses. No device is touched.
+// The bytes that gm_mirror_new would allocate for these parameters, staging at its first use; the same function that it uses. No device is
+// touched.
 GM_API gm_status gm_mirror_size_of(const gm_mirror_params * params, gm_mirror_size * size);
 
 GM_API gm_status gm_mirror_new(const gm_mirror_params * params, gm_mirror ** out);
@@ -245,7 +246,8 @@ GM_API gm_status gm_mirror_reset_stats(gm_mirror * mirror);
 //   outputs   it is the context of a backend sampler, which keeps the taps in place; gm_capture_take fetches them behind the evaluation
 typedef struct gm_capture gm_capture;
 
-// A gm_fuser takes raw rows from a capture into a staging ring and puts fused rows into a mirror as they are committed.
+// A gm_fuser takes raw rows from a capture into a staging ring and puts fused rows into a mirror as they are committed, or, of an evaluation
+// that is longer than that ring, as newer ones arrive.
 typedef struct gm_fuser gm_fuser;
 
 GM_API gm_status gm_capture_new(gm_capture ** out);
@@ -364,7 +366,8 @@ GM_API gm_status gm_draft_reset_times(gm_draft * draft);
 
 // ---------------------------------------------------------------------------------------- fused capture
 
-// Draft and rings must outlive a fuser.
+// Draft and rings must outlive a fuser. `staging`: raw rows, best F32 on the draft's device, where they are fused in place. With taps that come
+// one after another (callback) it must hold the rows that come at once, or gm_capture_end is GM_ERR_CAPTURE.
 GM_API gm_status gm_fuser_new(gm_draft * draft, gm_mirror * staging, gm_mirror * mirror, gm_fuser ** out);
 GM_API void      gm_fuser_free(gm_fuser * fuser);
 
