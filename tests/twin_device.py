@@ -85,7 +85,7 @@ def path(tmp_path: Path) -> Path:
     return write_tiny_draft(tmp_path / "draft.gguf")
 
 
-def draft_on(device: str, bench: Bench, path: Path, tok_embd: int, output: int) -> Draft:
+def draft_on(device: str, bench: Bench, path: Path, tok_embd: int, output: int, rows: str = "raw") -> Draft:
     index = find_device(device).index
     draft = Draft(
         DraftSpec.read(path, bench.info),
@@ -95,6 +95,7 @@ def draft_on(device: str, bench: Bench, path: Path, tok_embd: int, output: int) 
         device_index=index,
         window=40,
         n_threads=1,
+        rows=rows,
     )
     bench.open.callback(draft.close)
     return draft
@@ -156,3 +157,18 @@ def test_bytes_are_those_of_the_draft_on_either_device(bench: Bench, path: Path)
         there = twin_of(bench.hook.tok_embd, is_host=False) if name == "twin" else bench.hook.tok_embd
         held = draft_on(name, bench, path, there, there).bytes
         assert held == draft_bytes(spec, n_vocab=N_VOCAB, device_index=find_device(name).index, window=40)
+
+
+def test_raw_rows_that_lie_on_another_device_are_read_and_others_fused_in_place(bench: Bench, path: Path) -> None:
+    draft = draft_on("twin", bench, path, bench.hook.tok_embd, bench.hook.tok_embd, rows="fused")
+    rows, said, seen = rows_of(150), draft.bytes, {}
+    for name in ("twin", "cpu"):
+        raw = bench.open.enter_context(FeatureMirror(taps=TAPS, n_embd=N_EMBD, cap=130, device=name, n_threads=1))
+        fused = bench.open.enter_context(FeatureMirror(taps=1, n_embd=N_EMBD, cap=130, device="twin", rows="fused"))
+        raw.write_rows(start=20, rows=rows[20:])
+        draft.reset_times()
+        draft.fuse(raw, fused, start=20, count=130)
+        assert (draft.times().read_ns == 0) == (name == "twin")
+        seen[name] = fused.read(start=20, count=130)
+    np.testing.assert_array_equal(seen["twin"], seen["cpu"])
+    assert draft.bytes == said

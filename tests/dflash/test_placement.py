@@ -67,26 +67,37 @@ def assert_same_but_for_ties(
     assert gap <= epsilon and best - logits[text[parted]] <= epsilon, f"token {parted}: {gap:.3g} apart"
 
 
+@pytest.mark.parametrize(("n_prompt", "n_batch", "n_ubatch"), [(90, 64, 32), (190, 256, 256)], ids=["cut", "whole"])
 @pytest.mark.parametrize("how", list(CaptureMechanism))
 @pytest.mark.parametrize("rows", ["raw", "fused"])
 @pytest.mark.parametrize(("n_gpu_layers", "device"), pairs_of(-1, 4, 0))
 def test_a_tiny_pair_drafts_the_same_wherever_its_parts_lie(
-    n_gpu_layers: int, device: str, rows: str, how: CaptureMechanism, pair: Pair
+    n_gpu_layers: int,
+    device: str,
+    rows: str,
+    how: CaptureMechanism,
+    n_prompt: int,
+    n_batch: int,
+    n_ubatch: int,
+    pair: Pair,
 ) -> None:
-    """F32 weights and cache. GPUs multiply F32 matrices as TF32, with 10 bits of fraction: 2 % of a row, 0.25 of a logit; rows of other
-    positions are more than 100 % off."""
-    prompt = tokens_of(90)
+    """A prompt in several micro-batches, and in one of more rows than can wait to be fused by outputs.
+
+    F32 weights and cache. GPUs multiply F32 matrices as TF32, with 10 bits of fraction: 2 % of a row, 0.25 of a logit; rows of other
+    positions are more than 100 % off.
+    """
+    prompt = tokens_of(n_prompt)
     plain = pair.plain("llama")
     expected = take(plain, prompt, 40)
     options: dict[str, Any] = {"n_gpu_layers": n_gpu_layers, "draft_device": device, "mechanism": how}
     draft = pair.draft(**HEADS)
-    llm = pair.dflash(draft=draft, feature_rows=rows, n_batch=64, n_ubatch=32, **options)
+    llm = pair.dflash(draft=draft, feature_rows=rows, n_batch=n_batch, n_ubatch=n_ubatch, **options)
     assert llm.mirror.device.name == device
     text = take(llm, prompt, 40)
     assert llm.stats.draft_steps > 0
     assert_same_but_for_ties(plain, prompt, text, expected, epsilon=0.25)
     committed = llm.input_ids[: llm.n_tokens].tolist()
-    alone = pair.dflash(draft=draft, feature_rows=rows, n_batch=64, n_ubatch=32)
+    alone = pair.dflash(draft=draft, feature_rows=rows, n_batch=n_batch, n_ubatch=n_ubatch)
     alone.eval(committed)
     n = min(len(llm.mirror), len(alone.mirror))
     assert n >= len(committed) - 1
