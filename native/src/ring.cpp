@@ -6,9 +6,12 @@
 
 namespace gm {
 
-Ring::Ring(int64_t cap, int32_t taps)
-    : slots_(size_t(cap)), whole_(size_t(chunks(cap)), -1), newest_(size_t(chunks(cap)), 0),
-      all_taps_(taps == 64 ? ~uint64_t(0) : (uint64_t(1) << taps) - 1) {}
+Ring::Ring(int64_t cap, int32_t taps) : slots_(size_t(cap)), all_taps_(taps == 64 ? ~uint64_t(0) : (uint64_t(1) << taps) - 1) {
+    for (size_t l = 0; l < kLevels; ++l) {
+        levels_[l].whole.resize(size_t(chunks(cap, kChunks[l])), -1);
+        levels_[l].newest.resize(size_t(chunks(cap, kChunks[l])), 0);
+    }
+}
 
 Runs Ring::runs(int64_t start, int64_t count) const {
     Runs          runs;
@@ -32,16 +35,55 @@ bool Ring::is_complete(int64_t slot, int64_t position) const {
     return s.position == position && s.taps == all_taps_;
 }
 
+// What the chunks of slots that were written hold now, the smallest first: a larger one is whole if all of its parts are, one after the other.
 void Ring::note_chunks(const Runs & runs) {
-    for (const Run & run : runs) {
-        for (int64_t c = run.slot / kChunk; c * kChunk < run.slot + run.count; ++c) {
-            const int64_t first = slots_[size_t(c * kChunk)].position;
-            int64_t       i     = 0;
-            while (i < chunk_slots(c) && is_complete(c * kChunk + i, first + i)) ++i;
-            whole_[size_t(c)]  = i == chunk_slots(c) ? first : -1;
-            newest_[size_t(c)] = version_;
+    for (size_t l = kLevels; l-- > 0;) {
+        Level &       level = levels_[l];
+        const int64_t size = kChunks[l], part = l + 1 < kLevels ? kChunks[l + 1] : 1;
+        for (const Run & run : runs) {
+            for (int64_t c = run.slot / size; c * size < run.slot + run.count; ++c) {
+                const int64_t from = c * size, end = std::min(from + size, cap()), first = slots_[size_t(from)].position;
+                uint64_t      newest = 0;
+                int64_t       s      = from;
+                for (; s < end; s += part) {
+                    const int64_t position = first + (s - from);
+                    if (l + 1 == kLevels) {
+                        if (!is_complete(s, position)) break;
+                        newest = std::max(newest, slots_[size_t(s)].version);
+                    } else {
+                        const Level & below = levels_[l + 1];
+                        if (below.whole[size_t(s / part)] != position) break;
+                        newest = std::max(newest, below.newest[size_t(s / part)]);
+                    }
+                }
+                level.whole[size_t(c)]  = s < end || first < 0 ? -1 : first;
+                level.newest[size_t(c)] = newest;
+            }
         }
     }
+}
+
+void Ring::note_broken(int64_t slot) {
+    for (size_t l = 0; l < kLevels; ++l) levels_[l].whole[size_t(slot / kChunks[l])] = -1;
+}
+
+// Slots of the largest chunk that begins at this one and holds complete rows from `position` on, none newer than `since`; 0: there is none.
+int64_t Ring::whole_from(int64_t slot, int64_t position, uint64_t since) const {
+    for (size_t l = 0; l < kLevels; ++l) {
+        const size_t c = size_t(slot / kChunks[l]);
+        if (slot % kChunks[l] == 0 && levels_[l].whole[c] == position && levels_[l].newest[c] <= since) return kChunks[l];
+    }
+    return 0;
+}
+
+// Slots of the largest chunk around this one up to it, itself included, if the chunk holds complete rows of which this is `position`; 0: there
+// is none.
+int64_t Ring::whole_up_to(int64_t slot, int64_t position) const {
+    for (size_t l = 0; l < kLevels; ++l) {
+        const int64_t before = slot % kChunks[l];
+        if (position >= before && levels_[l].whole[size_t(slot / kChunks[l])] == position - before) return before + 1;
+    }
+    return 0;
 }
 
 void Ring::begin_write(int64_t start, int64_t count, uint64_t taps) {
@@ -51,8 +93,9 @@ void Ring::begin_write(int64_t start, int64_t count, uint64_t taps) {
         if (s.position != p) s = { p, 0, 0 };
         s.taps &= ~taps;
     });
-    for (const Run & run : range) {
-        std::fill(whole_.begin() + run.slot / kChunk, whole_.begin() + (run.slot + run.count - 1) / kChunk + 1, -1);
+    for (size_t l = 0; l < kLevels; ++l) {
+        const auto whole = levels_[l].whole.begin();
+        for (const Run & run : range) std::fill(whole + run.slot / kChunks[l], whole + (run.slot + run.count - 1) / kChunks[l] + 1, -1);
     }
     end_ = std::max(end_, start + count);
 }
@@ -75,7 +118,7 @@ void Ring::truncate(int64_t from) {
         if (s.position < from) continue;
         s = Slot{};
         --held_;
-        whole_[size_t(slot(p) / kChunk)] = -1;
+        note_broken(slot(p));
     }
     end_ = std::min(end_, from);
 }
@@ -92,8 +135,8 @@ template <class Body> void Ring::for_held(Body && body) const {
 
 void Ring::clear() {
     for_held([&](int64_t s) {
-        slots_[size_t(s)]          = Slot{};
-        whole_[size_t(s / kChunk)] = -1;
+        slots_[size_t(s)] = Slot{};
+        note_broken(s);
     });
     end_ = held_ = 0;
 }
@@ -109,9 +152,9 @@ static std::string tap_list(uint64_t taps) {
 void Ring::require(int64_t start, int64_t count) const {
     for (const Run & run : runs(start, std::min(count, cap()))) {
         for (int64_t i = 0; i < run.count;) {
-            const int64_t slot = run.slot + i, chunk = slot / kChunk, position = start + run.offset + i;
-            if (slot % kChunk == 0 && whole_[size_t(chunk)] == position) {
-                i += kChunk;  // beyond the run's end, if the chunk is
+            const int64_t slot = run.slot + i, position = start + run.offset + i;
+            if (const int64_t whole = whole_from(slot, position, UINT64_MAX)) {
+                i += whole;  // beyond the run's end, if the chunk is
             } else if (is_complete(slot, position)) {
                 ++i;
             } else {
@@ -165,10 +208,10 @@ int64_t Ring::stretch_before(int64_t end, int64_t max) const {
     const int64_t most = std::min({ max, end, cap() });
     int64_t       n    = 0;
     for (int64_t s = most > 0 ? slot(end - 1) : 0; n < most; s = s < 0 ? cap() - 1 : s) {
-        const int64_t position = end - n - 1, before = s % kChunk;  // slots of its chunk that come before
-        if (whole_[size_t(s / kChunk)] == position - before) {
-            n += before + 1;
-            s -= before + 1;
+        const int64_t position = end - n - 1;
+        if (const int64_t whole = whole_up_to(s, position)) {
+            n += whole;
+            s -= whole;
         } else if (is_complete(s, position)) {
             ++n;
             --s;
@@ -182,9 +225,9 @@ int64_t Ring::stretch_before(int64_t end, int64_t max) const {
 void Ring::changed(int64_t start, int64_t count, uint64_t since, std::vector<Version> & out) const {
     for (const Run & run : runs(start, count)) {
         for (int64_t i = 0; i < run.count;) {
-            const int64_t slot = run.slot + i, chunk = slot / kChunk, position = start + run.offset + i;
-            if (slot % kChunk == 0 && whole_[size_t(chunk)] == position && newest_[size_t(chunk)] <= since) {
-                i += kChunk;  // beyond the run's end, if the chunk is
+            const int64_t slot = run.slot + i, position = start + run.offset + i;
+            if (const int64_t whole = whole_from(slot, position, since)) {
+                i += whole;  // beyond the run's end, if the chunk is
             } else {
                 out.push_back({ position, is_complete(slot, position) ? slots_[size_t(slot)].version : 0 });
                 ++i;

@@ -59,7 +59,11 @@ class Ring {
 
     uint64_t all_taps() const { return all_taps_; }
 
-    static uint64_t bytes(int64_t cap) { return uint64_t(cap) * sizeof(Slot) + uint64_t(chunks(cap)) * (sizeof(int64_t) + sizeof(uint64_t)); }
+    static uint64_t bytes(int64_t cap) {
+        uint64_t sum = uint64_t(cap) * sizeof(Slot);
+        for (const int64_t size : kChunks) sum += uint64_t(chunks(cap, size)) * (sizeof(int64_t) + sizeof(uint64_t));
+        return sum;
+    }
 
   private:
     struct Slot {
@@ -68,23 +72,33 @@ class Ring {
         uint64_t version  = 0;
     };
 
-    // Neighbouring slots, of which a read need not look at each: they are as many as the rows it waits to start on.
-    static constexpr int64_t kChunk = 16;
-    static int64_t           chunks(int64_t cap) { return (cap + kChunk - 1) / kChunk; }
-    int64_t                  chunk_slots(int64_t chunk) const { return chunk * kChunk + kChunk > cap() ? cap() - chunk * kChunk : kChunk; }
+    // Neighbouring slots, of which a read need not look at each, in chunks of chunks: what a step costs must not grow with its context.
+    // The smallest are as many as the rows that a read waits to start on.
+    static constexpr int64_t kChunks[] = { 4096, 256, 16 };
+    static constexpr size_t  kLevels   = sizeof(kChunks) / sizeof(kChunks[0]);
+
+    static int64_t chunks(int64_t cap, int64_t size) { return (cap + size - 1) / size; }
+
+    struct Level {
+        std::vector<int64_t>  whole;   // by chunk: the position in its first slot, if that and those that follow are all complete; else -1
+        std::vector<uint64_t> newest;  // by chunk: of its slots' versions the highest, if it is whole
+    };
+
     bool                     is_live(const Slot & s, bool complete_only) const { return s.position >= 0 && (complete_only ? s.taps == all_taps_ : s.taps != 0); }
     bool                     is_complete(int64_t slot, int64_t position) const;
     void                     note_chunks(const Runs & runs);
+    void                     note_broken(int64_t slot);
+    int64_t                  whole_from(int64_t slot, int64_t position, uint64_t since) const;
+    int64_t                  whole_up_to(int64_t slot, int64_t position) const;
     template <class Body> void for_held(Body && body) const;
     Error                    stale(int64_t start, int64_t count, int64_t position) const;
 
-    std::vector<Slot>     slots_;
-    std::vector<int64_t>  whole_;   // by chunk: the position in its first slot, if that and those that follow are all complete; else -1
-    std::vector<uint64_t> newest_;  // by chunk: of its slots' versions the highest, if it is whole
-    uint64_t              all_taps_;
-    uint64_t              version_ = 0;
-    int64_t               end_     = 0;  // 1 + highest live position: bounds the work of truncate
-    int64_t               held_    = 0;  // slots that hold a position: bounds the work of live and clear
+    std::vector<Slot> slots_;
+    Level             levels_[kLevels];  // as kChunks
+    uint64_t          all_taps_;
+    uint64_t          version_ = 0;
+    int64_t           end_     = 0;  // 1 + highest live position: bounds the work of truncate
+    int64_t           held_    = 0;  // slots that hold a position: bounds the work of live and clear
 };
 
 } // namespace gm
