@@ -268,7 +268,7 @@ def attention_ms(pair: Pair, n_kv: int, kv: str, repeats: int = 20) -> float:
 @dataclass(frozen=True)
 class Growth:
     """What a step takes at context ``last`` beyond one at ``first``, and what attention alone does; milliseconds, medians of ``pairs``
-    differences."""
+    differences. ``rows_ms``, ``block_ms``: by the draft's own clock, what rows and the block take more; means."""
 
     stored: str
     kv: str
@@ -280,6 +280,8 @@ class Growth:
     step: Interval
     attention: Interval
     beyond: Interval
+    rows_ms: float
+    block_ms: float
 
     @property
     def good(self) -> bool:
@@ -294,7 +296,7 @@ def measure_growth(
     rows, dtype = split_storage(stored)
     found = []
     with ExitStack() as stack:
-        room = len(kvs) * (pairs + 2) * commit + pair.spec.block_size
+        room = (pairs + 2) * commit + pair.spec.block_size
         filled = [Rows(stack, pair, rows, dtype, context + room) for context in (first, last)]
         fusing = stack.enter_context(closing(pair.draft(pair.spec.block_size, rows, "f16")))
         for each, context in zip(filled, (first, last), strict=True):
@@ -303,15 +305,26 @@ def measure_growth(
             with ExitStack() as inner:
                 drafts = [inner.enter_context(closing(pair.draft(window, rows, kv))) for _ in filled]
                 alone = [Attention(inner, pair, n + pair.spec.block_size, kv) for n in (first, last)]
+                for _ in range(2):  # makes the context's keys and values; is the first of its shape
+                    for each, draft in zip(filled, drafts, strict=True):
+                        each.step(draft, commit)
+                for draft in drafts:
+                    draft.reset_times()
                 took = np.array(
                     [
                         [
                             *(each.step(draft, commit) for each, draft in zip(filled, drafts, strict=True)),
                             *(a.run() for a in alone),
                         ]
-                        for _ in range(pairs + 2)
+                        for _ in range(pairs)
                     ]
-                )[2:]
+                )
+                rows_ns, block_ns = zip(
+                    *((t.read_ns + t.fuse_ns + t.project_ns, t.block_ns) for t in (d.times() for d in drafts)),
+                    strict=True,
+                )
+            for each, context in zip(filled, (first, last), strict=True):
+                each.truncate(context)
             steps, attention = took[:, 1] - took[:, 0], took[:, 3] - took[:, 2]
             found.append(
                 Growth(
@@ -325,6 +338,8 @@ def measure_growth(
                     step=median_interval(steps),
                     attention=median_interval(attention),
                     beyond=median_interval(steps - attention),
+                    rows_ms=(rows_ns[1] - rows_ns[0]) / pairs / 1e6,
+                    block_ms=(block_ns[1] - block_ns[0]) / pairs / 1e6,
                 )
             )
     return found
@@ -592,7 +607,7 @@ def time_command(
         for kv in ("f16", "q8_0"):
             log.print(f"continuing: llama-server, {kv}", style="dim")
             texts += continue_by_server(llama_server, model, draft, prompts, kv, predict, n_draft, **common)
-    console = Console(width=None if Console().is_terminal else 200)
+    console = Console(width=None if Console().is_terminal else 300)
     console.print(f"{draft.name}; {where}; {commit} new rows a step; milliseconds, medians")
     _print_cells(cells, alone, wanted, console, markdown)
     if grown:
@@ -641,7 +656,8 @@ def _print_growth(grown: Sequence[Growth], console: Console, markdown: bool) -> 
         table.add_column(name, justify="left" if name in ("mirror", "draft K, V") else "right", no_wrap=True)
     for g in grown:
         steps = f"{g.first_ms:.3f}", f"{g.last_ms:.3f}"
-        table.add_row(g.stored, g.kv, *steps, str(g.step), str(g.attention), str(g.beyond))
+        parts = f"{g.rows_ms:+.3f}", f"{g.block_ms:+.3f}"
+        table.add_row(g.stored, g.kv, *steps, str(g.step), str(g.attention), str(g.beyond), *parts)
     console.print(table)
 
 
@@ -870,7 +886,7 @@ def memory_command(
             taken = [t for n_ctx in wanted for t in measure_memory(pair, theirs, n_ctx, attended)]
         finally:
             theirs.close()
-    console = Console(width=None if Console().is_terminal else 200)
+    console = Console(width=None if Console().is_terminal else 300)
     console.print(f"{draft.name}; {device}; {where}; free memory of the device before and after")
     table = Table(box=box.MARKDOWN if markdown else box.SIMPLE_HEAD)
     for name in ("positions", "", "of", "by size alone", "measured, bytes", "measured", "x mirror f32"):

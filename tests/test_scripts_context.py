@@ -133,7 +133,7 @@ def test_what_llama_server_says_of_its_draft() -> None:
 def test_verdicts() -> None:
     def growth(step: float, attention: float) -> Growth:
         exactly = [Interval(ms, ms, ms) for ms in (step, attention, step - attention)]
-        return Growth("f32", "f16", 512, 2048, 9, 1.0, 1.0 + step, *exactly)
+        return Growth("f32", "f16", 512, 2048, 9, 1.0, 1.0 + step, *exactly, 0.0, step)
 
     assert [good for _, good in _growth([growth(0.3, 0.4), growth(0.6, 0.4)])] == [True, False]
     texts = [
