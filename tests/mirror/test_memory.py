@@ -117,7 +117,8 @@ def test_a_gpu_is_left_as_it_was(place: Place, dtype: FeatureDtype) -> None:
     """Neither a mirror that does not fit nor one that was closed keeps any of its memory."""
     if place.is_host:
         pytest.skip("host memory is everyone's")
-    place.mirror(taps=TAPS, n_embd=N_EMBD, cap=64, dtype=dtype).close()  # starts the device
+    with place.mirror(taps=TAPS, n_embd=N_EMBD, cap=64, dtype=dtype) as m:
+        m.write_rows(start=0, rows=np.ones((4, WIDTH), np.float32))  # starts the device; what it runs is loaded to stay
     free = find_device(place.device).memory_free
     for share in (1.0, 1.5, 100.0):
         error, _ = too_big(place, FeatureDtype(dtype), share)
