@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +14,7 @@ import pytest
 from ggml_mirror import FeatureDtype
 
 from . import reference
+from .compiled import compiled
 from .inputs import INPUTS
 from .reference import Floats
 
@@ -48,16 +47,11 @@ class Counters(ctypes.Structure):
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ctypes.CDLL]:
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("needs g++")
-    library = tmp_path_factory.mktemp("kernels") / "emulated_kernels.so"
     ggml = Path(llama_cpp.__file__).parent / "lib"
-    flags = ["-std=c++17", "-O2", "-fPIC", "-shared", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
-    sources = ["-DGM_EMULATED=1", f"-I{SOURCES}", f"-I{EMULATED}", str(EMULATED / "emulated_kernels.cpp")]
+    flags = ["-O2", "-ffp-contract=off", "-Wno-unknown-pragmas", "-DGM_EMULATED=1", f"-I{SOURCES}", f"-I{EMULATED}"]
     libraries = [f"-L{ggml}", "-lggml-base", f"-Wl,-rpath,{ggml}"]
-    subprocess.run([compiler, *flags, *sources, "-o", str(library), *libraries], check=True)
-    yield ctypes.CDLL(str(library))
+    library = tmp_path_factory.mktemp("kernels") / "emulated_kernels.so"
+    yield compiled(library, [EMULATED / "emulated_kernels.cpp"], *flags, *libraries)
 
 
 @pytest.fixture(params=FORMATS, ids=str)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+from .compiled import compiled
 
 RING = Path(__file__).parent / "ring"
 NATIVE = Path(__file__).parents[2] / "native"
@@ -18,15 +18,9 @@ TAPS, ALL = 2, 0b11
 
 @pytest.fixture(scope="module")
 def lib(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ctypes.CDLL]:
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("needs g++")
-    library = tmp_path_factory.mktemp("ring") / "ring.so"
-    flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-Wall", "-Wextra", "-D_GLIBCXX_ASSERTIONS"]
-    sources = [str(path) for path in (RING / "ring_library.cpp", NATIVE / "src/ring.cpp", NATIVE / "src/error.cpp")]
-    headers = (NATIVE / "src", NATIVE / "include")
-    subprocess.run([compiler, *flags, *(f"-I{path}" for path in headers), *sources, "-o", str(library)], check=True)
-    found = ctypes.CDLL(str(library))
+    sources = [RING / "ring_library.cpp", NATIVE / "src/ring.cpp", NATIVE / "src/error.cpp"]
+    flags = ["-O1", "-D_GLIBCXX_ASSERTIONS", f"-I{NATIVE / 'src'}", f"-I{NATIVE / 'include'}"]
+    found = compiled(tmp_path_factory.mktemp("ring") / "ring.so", sources, *flags)
     number, pointer = ctypes.c_int64, ctypes.c_void_p
     for name, result, arguments in (
         ("new", pointer, [number, ctypes.c_int32]),
