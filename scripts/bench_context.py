@@ -157,6 +157,7 @@ class Rows:
         self._block = pair.spec.block_size
         #: Positions before this one have been put in.
         self.n_past = 0
+        self.attended = 0
 
     def add(self, draft: Draft, n: int) -> float:
         """Rows arrive. Returns the seconds that fusing them took: their way from the target is no part of a draft step."""

@@ -35,30 +35,27 @@ bool Ring::is_complete(int64_t slot, int64_t position) const {
     return s.position == position && s.taps == all_taps_;
 }
 
-// What the chunks of slots that were written hold now, the smallest first: a larger one is whole if all of its parts are, one after the other.
+// What a chunk holds now. A larger one is whole if all of its parts are, one after the other; its parts are up to date.
+void Ring::note_chunk(size_t l, int64_t chunk) {
+    const bool    smallest = l + 1 == kLevels;
+    const int64_t size = kChunks[l], part = smallest ? 1 : kChunks[l + 1];
+    const int64_t from = chunk * size, end = std::min(from + size, cap()), first = slots_[size_t(from)].position;
+    bool          whole  = first >= 0;
+    uint64_t      newest = 0;
+    for (int64_t s = from; whole && s < end; s += part) {
+        const int64_t position = first + (s - from);
+        whole  = smallest ? is_complete(s, position) : levels_[l + 1].whole[size_t(s / part)] == position;
+        newest = std::max(newest, smallest ? slots_[size_t(s)].version : levels_[l + 1].newest[size_t(s / part)]);
+    }
+    levels_[l].whole[size_t(chunk)]  = whole ? first : -1;
+    levels_[l].newest[size_t(chunk)] = newest;
+}
+
+// The chunks of slots that were written, the smallest first.
 void Ring::note_chunks(const Runs & runs) {
     for (size_t l = kLevels; l-- > 0;) {
-        Level &       level = levels_[l];
-        const int64_t size = kChunks[l], part = l + 1 < kLevels ? kChunks[l + 1] : 1;
         for (const Run & run : runs) {
-            for (int64_t c = run.slot / size; c * size < run.slot + run.count; ++c) {
-                const int64_t from = c * size, end = std::min(from + size, cap()), first = slots_[size_t(from)].position;
-                uint64_t      newest = 0;
-                int64_t       s      = from;
-                for (; s < end; s += part) {
-                    const int64_t position = first + (s - from);
-                    if (l + 1 == kLevels) {
-                        if (!is_complete(s, position)) break;
-                        newest = std::max(newest, slots_[size_t(s)].version);
-                    } else {
-                        const Level & below = levels_[l + 1];
-                        if (below.whole[size_t(s / part)] != position) break;
-                        newest = std::max(newest, below.newest[size_t(s / part)]);
-                    }
-                }
-                level.whole[size_t(c)]  = s < end || first < 0 ? -1 : first;
-                level.newest[size_t(c)] = newest;
-            }
+            for (int64_t c = run.slot / kChunks[l]; c * kChunks[l] < run.slot + run.count; ++c) note_chunk(l, c);
         }
     }
 }

@@ -86,6 +86,7 @@ class Ring {
 
     bool                     is_live(const Slot & s, bool complete_only) const { return s.position >= 0 && (complete_only ? s.taps == all_taps_ : s.taps != 0); }
     bool                     is_complete(int64_t slot, int64_t position) const;
+    void                     note_chunk(size_t level, int64_t chunk);
     void                     note_chunks(const Runs & runs);
     void                     note_broken(int64_t slot);
     int64_t                  whole_from(int64_t slot, int64_t position, uint64_t since) const;
