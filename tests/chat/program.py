@@ -43,7 +43,9 @@ class Terminal:
         self._read_to = 0
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # as a terminal starts it, not as what runs the tests may ignore it
+            signal.signal(
+                signal.SIGINT, signal.SIG_DFL
+            )  # as a terminal starts it, not as what runs the tests may ignore it
             os.environ.update(TERM="xterm", COLUMNS="200")
             os.execv(sys.executable, [sys.executable, "-c", _CODE, *map(str, arguments)])
 
