@@ -43,9 +43,8 @@ class Terminal:
         self._read_to = 0
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
-            signal.signal(
-                signal.SIGINT, signal.SIG_DFL
-            )  # as a terminal starts it, not as what runs the tests may ignore it
+            # As a terminal starts it, also where what runs the tests ignores Ctrl-C.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
             os.environ.update(TERM="xterm", COLUMNS="200")
             os.execv(sys.executable, [sys.executable, "-c", _CODE, *map(str, arguments)])
 
