@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import gc
 import itertools
 import subprocess
 import sys
@@ -18,9 +17,9 @@ import gguf
 import llama_cpp
 import numpy as np
 import numpy.typing as npt
-import psutil
 import pytest
 from llama_cpp._internals import LlamaContext
+from resident import assert_no_growth
 from tiny_models import BOS, TARGET_ARCHS, write_tiny_model
 
 from ggml_mirror import FeatureMirror, capture, devices
@@ -836,38 +835,25 @@ def test_a_closed_model_is_refused(load: Load) -> None:
     _run_alone(code, load().model_path)
 
 
-def _growth(cycle: Callable[[], None], warm_up: int, cycles: int) -> int:
-    """Bytes of resident memory that ``cycles`` add."""
-    process = psutil.Process()
-    for _ in range(warm_up):
-        cycle()
-    gc.collect()
-    before = process.memory_info().rss
-    for _ in range(cycles):
-        cycle()
-    gc.collect()
-    return process.memory_info().rss - before
-
-
 def test_attaching_and_detaching_does_not_leak(load: Load) -> None:
     """A ring is 2 MiB here: one that stays per cycle would add 100."""
     llm, tokens = load(), _tokens(10)
 
-    def cycle() -> None:
+    def cycle(_: int) -> None:
         llm.reset()
         with FeatureMirror(taps=3, n_embd=N_EMBD, cap=2731, dtype="f32", n_threads=1) as m, capture(llm, m, TAPS):
             llm.eval(tokens)
 
-    assert _growth(cycle, 10, 50) < 20 * 2**20
+    assert_no_growth(cycle, cycles=50, allowed=20 * 2**20)
 
 
 def test_capturing_new_models_does_not_leak(load: Load) -> None:
     """A context takes more than 2 MiB, most of it for a batch of 256."""
     tokens = _tokens(200)
 
-    def cycle() -> None:
+    def cycle(_: int) -> None:
         llm = load()
         with _mirror() as m, capture(llm, m, TAPS):
             llm.eval(tokens)
 
-    assert _growth(cycle, 10, 50) < 25 * 2**20
+    assert_no_growth(cycle, cycles=50, allowed=25 * 2**20)

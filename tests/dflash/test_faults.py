@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import itertools
 import re
@@ -11,8 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import llama_cpp
-import psutil
 import pytest
+from resident import assert_no_growth, resident
 
 import ggml_mirror.dflash as dflash
 from ggml_mirror import FeatureMirror, find_device
@@ -110,7 +109,7 @@ def test_a_mirror_that_does_not_fit_names_the_bytes_and_what_would(pair: Pair, m
     row = len(TAPS) * N_EMBD * 4
     n_ctx = int(1.5 * find_device("cpu").memory_free) // row
     monkeypatch.setattr(dflash.DFlashLlama, "n_ctx", lambda self: n_ctx)
-    before = psutil.Process().memory_info().rss
+    before = resident()
     with pytest.raises(MirrorMemoryError) as caught:
         pair.dflash(draft_window=n_ctx)
     error = caught.value
@@ -118,26 +117,7 @@ def test_a_mirror_that_does_not_fit_names_the_bytes_and_what_would(pair: Pair, m
     assert str(error.bytes_needed) in str(error).replace(",", "")
     assert "q8_0" in error.fitting_dtypes and "q8_0" in str(error)
     assert 0 < error.max_cap < n_ctx
-    gc.collect()
-    assert psutil.Process().memory_info().rss - before < 100 * 2**20
-
-
-def resident() -> int:
-    """Without what the C library keeps for the next one, which jumps by 40 MB on the demo pair."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    return int(psutil.Process().memory_info().rss)
-
-
-def growth(cycle: Callable[[], object], cycles: int) -> int:
-    for _ in range(10):
-        cycle()
-    before = resident()
-    for _ in range(cycles):
-        cycle()
-    grown = resident() - before
-    print(f"resident memory grew by {grown / 2**20:.2f} MiB in {cycles} cycles")
-    return grown
+    assert resident() - before < 100 * 2**20
 
 
 @pytest.mark.soak
@@ -145,7 +125,7 @@ def growth(cycle: Callable[[], object], cycles: int) -> int:
 def test_loading_and_closing_does_not_leak(close: bool, name: str, pair: Pair) -> None:
     """100 cycles. A leaked ring or KV cache is 256 rows or more, 0.3 MB a cycle."""
 
-    def cycle() -> None:
+    def cycle(_: int) -> None:
         llm = pair.dflash(name)
         take(llm, tokens_of(20), 12)
         llm.load_state(llm.save_state())
@@ -154,14 +134,14 @@ def test_loading_and_closing_does_not_leak(close: bool, name: str, pair: Pair) -
         if close:
             llm.close()
 
-    assert growth(cycle, 100) < 3 * 2**20
+    assert_no_growth(cycle, cycles=100, allowed=3 * 2**20)
 
 
 @pytest.mark.soak
 def test_loading_and_closing_the_demo_pair_does_not_leak(demo_target: Path, demo_draft: Path) -> None:
     """100 cycles. A mirror, or keys and values, that stayed would be 3 MB each, weights 20 MB."""
 
-    def cycle() -> None:
+    def cycle(_: int) -> None:
         llm = dflash.DFlashLlama(
             str(demo_target), draft_path=str(demo_draft), n_ctx=256, n_threads=1, n_threads_batch=1, verbose=False
         )
@@ -169,7 +149,7 @@ def test_loading_and_closing_the_demo_pair_does_not_leak(demo_target: Path, demo
         assert llm.stats.draft_steps > 0
         llm.close()
 
-    assert growth(cycle, 100) < 3 * 2**20
+    assert_no_growth(cycle, cycles=100, allowed=3 * 2**20)
 
 
 def nothing(llm: dflash.DFlashLlama) -> None:
@@ -270,10 +250,10 @@ def test_a_model_that_is_freed_while_it_is_captured(pair: Pair, no_collector: No
 
 @pytest.mark.slow
 def test_objects_that_could_not_be_made_do_not_leak(pair: Pair) -> None:
-    def cycle() -> None:
+    def cycle(_: int) -> None:
         with pytest.raises(GgmlMirrorError):
             pair.dflash(n_batch=4)
         with pytest.raises(GgmlMirrorError):
             pair.dflash(draft=pair.draft(n_embd=32))
 
-    assert growth(cycle, 100) < 3 * 2**20
+    assert_no_growth(cycle, cycles=100, allowed=3 * 2**20)

@@ -18,13 +18,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from resident import assert_no_growth
 
 from ggml_mirror import FeatureMirror, Snapshot, find_device
 from ggml_mirror.errors import MirrorMemoryError, SnapshotMismatchError
 
 from .ggml_tensors import Tensors, _declare, _dev_buffer_type, _dev_by_name
 from .places import Place
-from .test_leak import growth
 from .test_pinned import round_trips
 from .unchanged import unchanged
 
@@ -316,9 +316,8 @@ def test_mirrors_and_snapshots_that_come_and_go_leave_nothing(device: Device) ->
             assert kept[0].rows[-1].any()
 
     rows = np.ones((CAP, WIDTH), np.float32)
-    grown = growth(cycle, 200)
-    if "asan" not in os.environ.get("LD_PRELOAD", ""):  # which keeps what is freed in quarantine
-        assert grown < 8 << 20
+    keeps = "asan" in os.environ.get("LD_PRELOAD", "")  # what is freed, in quarantine
+    assert_no_growth(cycle, cycles=200, allowed=2**40 if keeps else 8 << 20)
 
 
 def test_the_size_is_known_beforehand(device: Device, m: FeatureMirror) -> None:

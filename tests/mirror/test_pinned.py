@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
+from resident import resident
 
 from ggml_mirror import find_device
 
@@ -41,12 +41,11 @@ def test_a_gpu_copies_to_and_from_pinned_memory(place: Place, dtype: str) -> Non
     if place.is_host:
         pytest.skip("host memory is not pinned")
     round_trips(place, dtype)  # starts the device, and what its driver keeps
-    gc.collect()
-    free, resident = find_device(place.device).memory_free, psutil.Process().memory_info().rss
+    held, free = resident(), find_device(place.device).memory_free
     round_trips(place, dtype)
     gc.collect()
     assert find_device(place.device).memory_free > free - (64 << 20)
-    assert psutil.Process().memory_info().rss < resident + (64 << 20)
+    assert resident() < held + (64 << 20)
 
 
 def round_trips(place: Place, dtype: str, cap: int = 700) -> None:
