@@ -53,9 +53,9 @@ def _find_header() -> Path:
 
 
 def declarations(header: str) -> str:
-    """The part of the C header that cffi understands: no preprocessor lines, no C++ guard."""
+    """The part of the C header that cffi understands: of preprocessor lines those that define an integer, no C++ guard."""
     header = re.sub(r"#ifdef __cplusplus\n.*?#endif", "", header, flags=re.S)
-    header = re.sub(r"^\s*#.*$", "", header, flags=re.M)
+    header = re.sub(r"^\s*#(?!define \w+ \d+$).*$", "", header, flags=re.M)
     return header.replace("GM_API ", "")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from ._native import lib
 from .byte_size import format_bytes
 from .device import Device, devices
 from .draft import DraftBytes, DraftSpec
@@ -26,10 +27,6 @@ def row_shape(spec: DraftSpec, rows: str) -> tuple[int, int]:
     return (1, spec.n_embd) if rows == FUSED else (len(spec.taps), spec.n_embd_target)
 
 
-#: Rows that wait where they need not be a micro-batch: as many as the draft's first product takes at a time (native/src/draft.cpp).
-_FUSED_AT_ONCE = 128
-
-
 def staging_cap(n_ubatch: int, spec: DraftSpec, mechanism: CaptureMechanism) -> int:
     """Slots of the ring in which raw rows wait to be fused: a block beside what waits for its outcome, at least.
 
@@ -38,7 +35,7 @@ def staging_cap(n_ubatch: int, spec: DraftSpec, mechanism: CaptureMechanism) -> 
     """
     least = 2 * spec.block_size
     if mechanism is CaptureMechanism.OUTPUTS:
-        n_ubatch = min(n_ubatch, _FUSED_AT_ONCE)
+        n_ubatch = min(n_ubatch, lib.GM_FUSE_ROWS)
     return max(n_ubatch, least)
 
 

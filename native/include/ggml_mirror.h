@@ -357,6 +357,9 @@ GM_API gm_status gm_draft_step(gm_draft * draft, gm_mirror * mirror, int64_t n_p
 // Logits of the last step: F32 [n_tokens + 1, n_vocab] in host memory (row 0 is the last committed token's).
 GM_API gm_status gm_draft_logits(gm_draft * draft, int64_t n_values, float * logits);
 
+// Raw rows that are fused at once, where they lie. A staging ring needs no more slots, unless more rows have to wait.
+#define GM_FUSE_ROWS 128
+
 // Raw rows start..start+count-1 of `raw` -> fused rows (fc and norm) at the same positions of `fused`, on the draft's device.
 GM_API gm_status gm_draft_fuse(gm_draft * draft, gm_mirror * raw, int64_t start, int64_t count, gm_mirror * fused);
 

@@ -14,7 +14,6 @@ using gm::Stopwatch;
 namespace {
 
 constexpr int64_t kProjectRows = 256;  // rows per projection graph; a GPU takes as long for half of them
-constexpr int64_t kFuseRows    = 128;  // rows per graph that fuses: no more than wait to be fused, as a rule
 constexpr int64_t kKvStep      = 256;  // attention spans begin and grow by this much, so that graphs are reused between steps
 
 const gm_draft_params & checked(const gm_draft_params & p) {
@@ -164,7 +163,7 @@ void gm_draft::lay_out() {
     size_.compute = std::max(scratch(build_project(most_project_rows()), main_.device),
                              scratch(build_block(params_.block_size, most_span(params_)), main_.device));
     if (params_.fused_rows) {
-        size_.compute = std::max({ size_.compute, scratch(build_fuse(kFuseRows, true), main_.device), scratch(build_fuse(params_.block_size, false), main_.device) });
+        size_.compute = std::max({ size_.compute, scratch(build_fuse(GM_FUSE_ROWS, true), main_.device), scratch(build_fuse(params_.block_size, false), main_.device) });
     }
     if (head_.device) head_size_ = scratch(build_head(params_.block_size), head_.device);
     seem(nullptr);
@@ -198,7 +197,7 @@ void gm_draft::allocate() {
     }
     // The largest graphs now: what the device lacks shows here, memory or operations, and not in the middle of a text.
     if (params_.fused_rows) {
-        fuse_graph(kFuseRows);
+        fuse_graph(GM_FUSE_ROWS);
         Graph read = build_fuse(params_.block_size, false);
         place(read, main_);
     }
@@ -344,7 +343,7 @@ void gm_draft::fuse(gm_mirror & raw, int64_t start, int64_t count, gm_mirror & f
     for (int64_t done = 0, n; done < count; done += n) {
         const int64_t first = start + done;
         // F32 rows are multiplied where they lie, up to the ring's end. Others are read, a block at a time: room for more would only be kept for them.
-        n = std::min({ kFuseRows, count - done, raw.cap() - first % raw.cap() });
+        n = std::min({ int64_t(GM_FUSE_ROWS), count - done, raw.cap() - first % raw.cap() });
         Graph   read;
         Graph * g    = nullptr;
         void *  lies = raw.device() == main_.device ? raw.in_place(first, n) : nullptr;
