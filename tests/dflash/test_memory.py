@@ -45,13 +45,13 @@ def needed(models: tuple[Path, Path]) -> tuple[int, int]:
 
 
 def outcomes(models: tuple[Path, Path], *settings: dict[str, Any]) -> list[dict[str, Any]]:
-    script = Path(__file__).with_name("tight.py")
+    tests = Path(__file__).parents[1]
     arguments = [json.dumps({"draft_window": WINDOW, **s}) for s in settings]
     # Every large allocation is a mapping of its own: none is served from what earlier ones left, and none stays behind.
     # And none by what the threads of numpy's libraries have set aside, which differs with the number of cores.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(MIB), "OPENBLAS_NUM_THREADS": "1"}
-    command = [sys.executable, str(script), *map(str, models), *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-m", "dflash.tight", *map(str, models), *arguments]
+    done = subprocess.run(command, cwd=tests, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, f"ended with {done.returncode}: {done.stderr[-2000:]}"
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(found) == len(settings)

@@ -1,6 +1,6 @@
 """A DFlashLlama under a real limit on the memory of its process; what comes of it, a line of JSON each.
 
-    python tight.py TARGET DRAFT SETTINGS...
+    python -m dflash.tight TARGET DRAFT SETTINGS...      (in tests/)
 
 Settings are JSON: ``limit`` (RLIMIT_AS: known to the package; RLIMIT_DATA: only to the allocator), ``room`` (bytes left when draft and
 mirror are made; null: no limit), and what else is given to the DFlashLlama.
@@ -8,14 +8,12 @@ mirror are made; null: no limit), and what else is given to the DFlashLlama.
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import json
 import resource
 import sys
 from typing import Any
 
-import psutil
+from resident import resident
 
 from ggml_mirror.capture import Hook
 from ggml_mirror.dflash import DFlashLlama
@@ -59,12 +57,6 @@ def outcome(target: str, draft: str, *, limit: str, room: int | None, **options:
         }
     finally:
         llm.close()
-
-
-def resident() -> int:
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    return psutil.Process().memory_info().rss
 
 
 def main() -> None:

@@ -6,13 +6,12 @@ ring, staging buffer or snapshot that is made here. A GPU's driver keeps more.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
-from resident import assert_no_growth, resident
+from resident import growth, resident
 
 from ggml_mirror import FeatureDtype, Snapshot, find_device
 from ggml_mirror.errors import GgmlMirrorError, MirrorMemoryError, ShapeError, SnapshotError, StaleRowError
@@ -23,15 +22,11 @@ from .places import CPU_LOOPS, Place
 pytestmark = pytest.mark.slow
 
 MIB = 2**20
-CYCLES = 1000
+CYCLES, WARM_UP = 1000, 50
 
 
 def allowed(place: Place) -> int:
     return 4 * MIB if place.is_host else 32 * MIB
-
-
-def assert_no_leak(place: Place, cycle: Callable[[int], object], cycles: int = CYCLES) -> None:
-    assert_no_growth(cycle, cycles=cycles, allowed=allowed(place), warm_up=50)
 
 
 def test_making_writing_and_closing(place: Place, dtype: FeatureDtype) -> None:
@@ -44,7 +39,7 @@ def test_making_writing_and_closing(place: Place, dtype: FeatureDtype) -> None:
             m.read(start=i, count=64)
 
     free = find_device(place.device).memory_free
-    assert_no_leak(place, cycle)
+    assert growth(cycle, CYCLES, warm_up=WARM_UP) < allowed(place)
     assert place.is_host or find_device(place.device).memory_free > free - 64 * MIB
 
 
@@ -55,7 +50,7 @@ def test_mirrors_that_are_not_closed_but_forgotten(place: Place) -> None:
     def cycle(i: int) -> None:
         place.mirror(taps=2, n_embd=1024, cap=256, dtype="f32", n_threads=3).write_rows(start=i, rows=x)
 
-    assert_no_leak(place, cycle)
+    assert growth(cycle, CYCLES, warm_up=WARM_UP) < allowed(place)
     assert psutil.Process().num_threads() < 100
 
 
@@ -65,7 +60,7 @@ def test_bookkeeping(place: Place) -> None:
     def cycle(i: int) -> None:
         place.mirror(taps=1, n_embd=32, cap=10**6, dtype="q4_0").close()
 
-    assert_no_leak(place, cycle, 200)
+    assert growth(cycle, 200, warm_up=WARM_UP) < allowed(place)
 
 
 def test_mirrors_that_could_not_be_made(place: Place) -> None:
@@ -81,7 +76,7 @@ def test_mirrors_that_could_not_be_made(place: Place) -> None:
             with pytest.raises(error):
                 place.mirror(**arguments)
 
-    assert_no_leak(place, cycle)
+    assert growth(cycle, CYCLES, warm_up=WARM_UP) < allowed(place)
 
 
 def test_writes_reads_and_snapshots(place: Place, tmp_path: Path) -> None:
@@ -101,7 +96,7 @@ def test_writes_reads_and_snapshots(place: Place, tmp_path: Path) -> None:
                 m.snapshot().save(tmp_path / "s")
                 Snapshot.load(tmp_path / "s")
 
-        assert_no_leak(place, cycle)
+        assert growth(cycle, CYCLES, warm_up=WARM_UP) < allowed(place)
 
 
 def test_failures(tmp_path: Path, place: Place) -> None:
@@ -117,7 +112,7 @@ def test_failures(tmp_path: Path, place: Place) -> None:
             with pytest.raises(SnapshotError):
                 Snapshot.load(tmp_path / "bad")
 
-        assert_no_leak(place, cycle)
+        assert growth(cycle, CYCLES, warm_up=WARM_UP) < allowed(place)
 
 
 def test_memory_of_a_closed_mirror_goes_with_its_last_view() -> None:
@@ -147,4 +142,4 @@ def test_views_of_mirrors_that_come_and_go() -> None:
             views = [m.view(start=j, count=3) for j in range(20)]
         assert views[7][0, 0] == 1
 
-    assert_no_leak(CPU_LOOPS, cycle)
+    assert growth(cycle, CYCLES, warm_up=WARM_UP) < 4 * MIB
